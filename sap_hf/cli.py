@@ -1,0 +1,71 @@
+"""sap-hf: look at plans from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sap_hf.config import LAYOUTS, STRATEGIES
+from sap_hf.errors import SapError
+from sap_hf.planning import compile_program
+from sap_hf.planning.render import as_json
+from sap_hf.strategies import plan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it worked, 2 when the input was refused."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except SapError as error:
+        print(f"sap-hf: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sap-hf", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    show = commands.add_parser("plan", help="show how ranks share a pack of documents")
+    show.add_argument(
+        "--lengths", type=_numbers, required=True, metavar="5,3,8", help="rows of each document"
+    )
+    show.add_argument("--cp", type=int, required=True, metavar="W", help="ranks that share the pack")
+    show.add_argument("--strategy", default="auto", help=" | ".join(STRATEGIES))
+    show.add_argument("--layout", default="auto", help=" | ".join(LAYOUTS))
+    show.add_argument("--window", type=int, help="keys a query sees, itself included")
+    show.add_argument("--hardware", help="preset for the modelled seconds (default h100)")
+    show.add_argument("--json", action="store_true", help="the figures as JSON")
+    show.add_argument(
+        "--program", type=int, metavar="RANK", help="what that rank posts, waits for and computes"
+    )
+    show.set_defaults(run=_plan)
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> None:
+    made = plan(
+        options.lengths,
+        cp_size=options.cp,
+        strategy=options.strategy,
+        layout=options.layout,
+        window=options.window,
+        hardware=options.hardware,
+    )
+    if options.program is not None:
+        if not 0 <= options.program < options.cp:
+            raise SapError(f"--program {options.program}: ranks are 0 to {options.cp - 1}.")
+        print(compile_program(made, options.program, options.window))
+    elif options.json:
+        print(as_json(made))
+    else:
+        print(made)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.replace(" ", "").split(",") if part]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""SapConfig: the few dials of sap_hf, as a dataclass and as YAML with the same names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from sap_hf.errors import ConfigError
+
+STRATEGIES = ("auto", "sap", "all_gather")
+LAYOUTS = ("auto", "contiguous", "zigzag")
+DELIVERIES = ("auto", "p2p", "all_to_all")
+REMOTE_KV = ("refetch", "keep")
+KERNELS = ("auto", "reference", "sdpa", "varlen", "flash")
+# Names of the design that this version does not plan yet: asking for one says so instead of "unknown".
+PLANNED = {
+    "strategy": ("ring", "ulysses"),
+    "layout": ("balanced",),
+    "delivery": ("all_gather",),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SapConfig:
+    """How packed rows are shared by ranks. Every field has a default that works.
+
+    Raises:
+        ConfigError: a value that a field cannot have; the nearest possible one is named.
+    """
+
+    cp_size: int | None = None
+    """Ranks that share one pack. None: all ranks of the run. The others become data-parallel groups."""
+    ulysses_size: int | str = "auto"
+    """Ranks of the cp group that exchange heads instead of rows. Only 1 (or "auto", which is 1) so far."""
+    strategy: str = "auto"
+    """auto | sap (move the rows that are read) | all_gather (move every row to every rank)."""
+    layout: str = "auto"
+    """auto | contiguous | zigzag: which rows each rank holds. auto takes the one with the least modelled time."""
+    delivery: str = "auto"
+    """auto | p2p (one grouped message per run of rows) | all_to_all (one uneven collective per step)."""
+    remote_kv: str = "refetch"
+    """refetch | keep: in the backward, receive remote K/V again (less memory) or keep it from the forward."""
+    kernel: str = "auto"
+    """auto | reference | sdpa (CPU) | varlen (torch, CUDA) | flash (flash-attn, CUDA)."""
+    check_batches: bool = True
+    """Compare a hash of the batch over the cp group (24 bytes per rank, on a CPU side group) before every forward."""
+
+    def __post_init__(self) -> None:
+        if self.cp_size is not None and (not isinstance(self.cp_size, int) or self.cp_size < 1):
+            raise ConfigError(
+                f"cp_size={self.cp_size!r} must be a positive number of ranks, or null for all ranks."
+            )
+        if self.ulysses_size not in ("auto", 1):
+            raise ConfigError(
+                f"ulysses_size={self.ulysses_size!r}: this version does not exchange heads. "
+                'Use ulysses_size="auto" or 1.'
+            )
+        if not isinstance(self.check_batches, bool):
+            raise ConfigError(f"check_batches={self.check_batches!r} must be true or false.")
+        check_choice("strategy", self.strategy, STRATEGIES)
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("delivery", self.delivery, DELIVERIES)
+        check_choice("remote_kv", self.remote_kv, REMOTE_KV)
+        check_choice("kernel", self.kernel, KERNELS)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], origin: str = "SapConfig") -> SapConfig:
+        """Build a config from a mapping of field names.
+
+        Raises:
+            ConfigError: a key that is not a field; `origin` and the nearest field are named.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise ConfigError(f"{origin}: unknown key {key!r}.{nearest(key, names)}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> SapConfig:
+        """Read a YAML file whose keys are the field names.
+
+        Raises:
+            ConfigError: the file does not exist or is not a mapping, an unknown key, or a value a field cannot have.
+        """
+        import yaml
+
+        path = Path(path)
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file. Pass the path of a YAML file with SapConfig fields.")
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{path}: holds a {type(values).__name__}; a mapping of SapConfig fields is needed."
+            )
+        return cls.from_dict(values, origin=str(path))
+
+    @classmethod
+    def resolve(cls, config: SapConfig | str | Path | None, options: dict[str, Any]) -> SapConfig:
+        """The config that `attach(trainer, config, **options)` means: options override the fields of config."""
+        if config is None:
+            base = cls()
+        elif isinstance(config, cls):
+            base = config
+        elif isinstance(config, str | Path):
+            base = cls.from_yaml(config)
+        else:
+            raise ConfigError(
+                f"config is a {type(config).__name__}; pass a SapConfig, the path of its YAML file, or None."
+            )
+        fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(cls)}
+        return cls.from_dict({**fields, **options}, origin="options")
+
+
+def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a value outside `choices`, naming the nearest one."""
+    if value in choices:
+        return
+    if value in PLANNED.get(field, ()):
+        raise ConfigError(f"{field}={value!r} is not in this version. Possible: {', '.join(choices)}.")
+    raise ConfigError(f"{field}={value!r} is not one of {', '.join(choices)}.{nearest(str(value), choices)}")
+
+
+def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """' Did you mean ...?' for the nearest known word, or '' when none is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."

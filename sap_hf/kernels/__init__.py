@@ -1,0 +1,6 @@
+"""Attention kernels behind one interface: q, k, v, Segments -> out, lse; and back."""
+
+from sap_hf.kernels.interface import Kernel, Segments, pick
+from sap_hf.kernels.merge import merge, merge_into
+
+__all__ = ["Kernel", "Segments", "merge", "merge_into", "pick"]

@@ -1,0 +1,216 @@
+"""One interface for every attention kernel, and the choice of the kernel.
+
+q, k, v of this rank and Segments (which rows read which) -> out and lse; with the final out and lse -> dq, dk, dv.
+`runtime` calls a kernel several times with disjoint keys and combines the answers with `merge`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+
+from sap_hf.errors import UnsupportedAttention
+
+__all__ = ["Kernel", "Segments", "pick"]
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Which rows attend to which in one kernel call: query rows [cu_q[i], cu_q[i+1]) read [cu_k[i], cu_k[i+1]).
+
+    Compared and hashed by identity: a kernel keeps what it derived from one batch's Segments for all layers.
+    """
+
+    cu_q: tuple[int, ...]
+    """S + 1 bounds of query rows; starts at 0, ends at the number of query rows."""
+    cu_k: tuple[int, ...]
+    """S + 1 bounds of key rows; starts at 0, ends at the number of key rows."""
+    max_q: int
+    """Query rows of the largest segment."""
+    max_k: int
+    """Key rows of the largest segment."""
+    causal: bool
+    """True: bottom-right aligned, query i of n_q reads key j iff j <= i + n_k - n_q (n_k >= n_q). False: all keys."""
+    cu_q_device: torch.Tensor
+    """cu_q as int32 on the compute device, so that no layer copies it again."""
+    cu_k_device: torch.Tensor
+    """cu_k as int32 on the compute device."""
+
+    @classmethod
+    def build(
+        cls, cu_q: Sequence[int], cu_k: Sequence[int], causal: bool, device: torch.device | str
+    ) -> Segments:
+        """Check the bounds and put them on the compute device, once per batch.
+
+        Args:
+            cu_q, cu_k: S + 1 bounds each, strictly growing: no segment is empty on either side. S may be 0.
+            causal: bottom-right aligned; needs n_k >= n_q in every segment, so that every query reads a key.
+        """
+        cu_q, cu_k = tuple(map(int, cu_q)), tuple(map(int, cu_k))
+        assert len(cu_q) == len(cu_k) >= 1, f"{len(cu_q)} bounds of queries, {len(cu_k)} of keys"
+        assert cu_q[0] == cu_k[0] == 0, f"bounds start at {cu_q[0]} and {cu_k[0]}, not at 0"
+        sizes_q = [hi - lo for lo, hi in pairwise(cu_q)]
+        sizes_k = [hi - lo for lo, hi in pairwise(cu_k)]
+        assert all(n > 0 for n in sizes_q + sizes_k), f"empty segment in {cu_q} x {cu_k}"
+        if causal:
+            assert all(m >= n for n, m in zip(sizes_q, sizes_k)), f"fewer keys than queries in {cu_q} x {cu_k}"
+
+        return cls(
+            cu_q=cu_q,
+            cu_k=cu_k,
+            max_q=max(sizes_q, default=0),
+            max_k=max(sizes_k, default=0),
+            causal=causal,
+            cu_q_device=torch.tensor(cu_q, dtype=torch.int32).to(device),
+            cu_k_device=torch.tensor(cu_k, dtype=torch.int32).to(device),
+        )
+
+    def bounds(self) -> list[tuple[int, int, int, int]]:
+        """(first query row, end, first key row, end) of every segment."""
+        return [(*q, *k) for q, k in zip(pairwise(self.cu_q), pairwise(self.cu_k))]
+
+
+class Kernel(Protocol):
+    """What `runtime` asks of an attention kernel."""
+
+    name: str
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        segments: Segments,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend inside every segment.
+
+        Args:
+            q: (n_q, H, D); any strides, last dim contiguous.
+            k, v: (n_k, K, D) and (n_k, K, Dv), H a multiple of K: query head h reads kv head h // (H / K).
+                Both may be slices of one [n_k, K, D + Dv] buffer.
+            scale: factor on q . k.
+            window: a query reads the last `window` keys, its own included (j > i + n_k - n_q - window);
+                only with causal segments. None: no limit.
+            softcap: logits become softcap * tanh(logits / softcap). None: off.
+
+        Returns:
+            out (n_q, H, Dv): q's dtype or a wider one. lse (n_q, H): natural log of the sum of exp of the scaled,
+            capped logits; float32, float64 when q is float64.
+        """
+        ...
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        segments: Segments,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of this call's share of an attention.
+
+        Args:
+            dout: (n_q, H, Dv), gradient of the final out.
+            out, lse: the FINAL ones of these query rows, merged over all calls; P = exp(logits - lse) then sums to
+                less than 1 over this call's keys, which is what makes the sum of all calls' gradients exact.
+
+        Returns:
+            dq, dk, dv shaped like q, k, v; their dtype or a wider one.
+        """
+        ...
+
+
+def pick(
+    name: str,
+    *,
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Kernel, str]:
+    """Choose the kernel: by name, or the fastest that is exact for what is asked.
+
+    Args:
+        name: auto | reference | sdpa | varlen | flash.
+        dtype: of q, k and v inside the kernel (under autocast: the autocast dtype).
+        head_dim, value_dim: of the heads; they may differ.
+
+    Returns:
+        The kernel and one sentence saying why. A named kernel that cannot do it raises UnsupportedAttention.
+    """
+    from sap_hf.kernels import reference, sdpa, varlen
+
+    kernels: dict[str, Kernel] = {
+        "reference": reference.Reference(),
+        "sdpa": sdpa.Sdpa(),
+        "varlen": varlen.Varlen(),
+        "flash": varlen.Flash(),
+    }
+    if name != "auto" and name not in kernels:
+        raise UnsupportedAttention(
+            f"kernel={name!r} does not exist.\n  Use one of: auto, {', '.join(sorted(kernels))}."
+        )
+    del window  # every kernel has it; an argument so that one without it can be refused here
+
+    def refusal(kernel: str) -> str | None:
+        return _refusal(kernel, device_type, dtype, max(head_dim, value_dim), softcap)
+
+    if name != "auto":
+        why_not = refusal(name)
+        if why_not is not None:
+            raise UnsupportedAttention(f"kernel={name!r}: {why_not}\n  Use kernel='auto' or 'reference'.")
+        return kernels[name], f"{name}: asked for"
+
+    passed_over = []
+    for candidate in ("flash", "varlen") if device_type == "cuda" else ("sdpa",):
+        why_not = refusal(candidate)
+        if why_not is None:
+            return kernels[candidate], "; ".join([f"{candidate}: fastest exact here", *passed_over])
+        passed_over.append(f"{candidate} passed over: {why_not}")
+    return kernels["reference"], "; ".join(["reference: plain torch, slow", *passed_over])
+
+
+def _refusal(
+    kernel: str, device_type: str, dtype: torch.dtype, head_dim: int, softcap: float | None
+) -> str | None:
+    """Why this kernel cannot do what is asked; None when it can."""
+    if kernel == "reference":
+        return None
+    if kernel == "sdpa":
+        if device_type != "cpu":
+            return f"it runs on the CPU only, the tensors are on {device_type}."
+        if softcap is not None:
+            return f"torch's CPU attention has no softcap, the model asks for {softcap}."
+        return None
+
+    if device_type != "cuda":
+        return f"it runs on CUDA only, the tensors are on {device_type}."
+    if kernel == "flash" and importlib.util.find_spec("flash_attn") is None:
+        return "the package flash_attn is not installed (pip install flash-attn)."
+    if kernel == "varlen" and softcap is not None:
+        return f"torch.nn.attention.varlen has no softcap, the model asks for {softcap}; flash-attn has it."
+    if dtype not in HALF_DTYPES:
+        return f"it computes in float16 or bfloat16 only, q is {dtype}; train with bf16=True (autocast)."
+    if head_dim > FLASH_MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is over its {FLASH_MAX_HEAD_DIM}."
+    return None

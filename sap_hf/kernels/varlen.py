@@ -1,0 +1,4 @@
+class Varlen:
+    name="varlen"
+class Flash:
+    name="flash"

@@ -1,0 +1,100 @@
+"""Layout: which rank holds which rows of the pack, and in which order.
+
+(rows of the pack, ranks) -> Layout. Every rank holds C = ceil(T / W) rows; the pack is padded to W * C, nothing
+is dropped. `contiguous` keeps neighbours together; `zigzag` evens out causal work (as in Llama 3's context
+parallelism, arXiv:2407.21783).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from sap_hf.planning.documents import Documents, Int64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """One owner for every row of the padded pack.
+
+    Attributes:
+        name: contiguous | zigzag.
+        cp_size: W, the ranks.
+        rows_per_rank: C.
+        segments: (n, 3) int64 columns rank, start, stop: half-open row ranges, sorted by rank, and within a rank
+            in the order in which the rank stores them. Together they are [0, W * C).
+    """
+
+    name: str
+    cp_size: int
+    rows_per_rank: int
+    segments: Int64
+
+    def rows(self, rank: int) -> Int64:
+        """(C,) ids of the rows that `rank` holds, in its order; ids at or beyond T are padding."""
+        return np.concatenate(
+            [np.arange(start, stop) for _, start, stop in self.segments[self.segments[:, 0] == rank]]
+        )
+
+
+def contiguous(rows: int, cp_size: int) -> Layout:
+    """Rank r holds rows [rC, (r+1)C)."""
+    share = -(-rows // cp_size)
+    edges = np.arange(cp_size + 1) * share
+    return Layout("contiguous", cp_size, share, np.stack([np.arange(cp_size), edges[:-1], edges[1:]], axis=1))
+
+
+def zigzag(rows: int, cp_size: int) -> Layout:
+    """2W chunks, the first W of ceil(C/2) rows, the last W of floor(C/2); rank r holds chunks r and 2W-1-r."""
+    share = -(-rows // cp_size)
+    sizes = np.repeat([(share + 1) // 2, share // 2], cp_size)
+    edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    segments = []
+    for rank in range(cp_size):
+        for chunk in (rank, 2 * cp_size - 1 - rank):
+            start, stop = int(edges[chunk]), int(edges[chunk + 1])
+            if segments and segments[-1][0] == rank and segments[-1][2] == start:
+                segments[-1][2] = stop
+            elif stop > start:
+                segments.append([rank, start, stop])
+    return Layout("zigzag", cp_size, share, np.array(segments, np.int64))
+
+
+LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pieces:
+    """The rows of one document that lie together on one rank, for all documents and ranks; padding has none.
+
+    Columns (n,) int64, sorted by start: `rank`, `document`, `start`, `stop` (rows of the pack) and `local`, the
+    index of `start` among the rank's own rows.
+    """
+
+    rank: Int64
+    document: Int64
+    start: Int64
+    stop: Int64
+    local: Int64
+
+    def select(self, chosen: Int64) -> Pieces:
+        """The pieces at the given indices."""
+        return Pieces(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+
+
+def cut(documents: Documents, layout: Layout) -> Pieces:
+    """Cut every rank's segments at the document borders."""
+    rank, start, stop = layout.segments.T
+    sizes = stop - start
+    offset = np.cumsum(sizes) - sizes
+    local = offset - rank * layout.rows_per_rank
+    order = np.argsort(start, kind="stable")
+    rank, start, local = rank[order], start[order], local[order]
+    borders = np.union1d(documents.cu_seqlens, start)
+    borders = borders[borders <= documents.rows]
+    begin, end = borders[:-1], borders[1:]
+    segment = np.searchsorted(start, begin, side="right") - 1
+    return Pieces(
+        rank[segment], documents.index_of(begin), begin, end, local[segment] + begin - start[segment]
+    )

@@ -1,0 +1,156 @@
+"""Plan: one placement of a pack's rows, and one schedule per window in the model.
+
+A Plan is data: a pure function of documents, layout and options, the same on every rank without a word exchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from sap_hf.planning import cost
+from sap_hf.planning.documents import Documents, Int64
+from sap_hf.planning.layout import Layout
+from sap_hf.planning.schedule import Schedule
+
+Window = int | None
+Planner = Callable[[Documents, Layout, Window], Schedule]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """How `cp_size` ranks attend to one pack together.
+
+    Attributes:
+        documents, layout: the pack and who holds which rows.
+        strategy: what "auto" chose, or what was asked for.
+        planner: (documents, layout, window) -> Schedule.
+        windows: {window: number of layers}; None is full attention.
+        ulysses_size: ranks that exchange heads.
+        delivery: p2p | all_to_all, how the transfers travel.
+        shape, hardware: what the modelled seconds and bytes are for.
+    """
+
+    documents: Documents
+    layout: Layout
+    strategy: str
+    planner: Planner
+    windows: Mapping[Window, int]
+    delivery: str
+    shape: cost.Shape
+    hardware: cost.Hardware
+    ulysses_size: int = 1
+    _schedules: dict[Window, Schedule] = dataclasses.field(default_factory=dict, repr=False)
+    # What the runtime derives from a plan (compiled programs, device tensors) lives as long as the plan.
+    derived: dict[object, object] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks that share the pack."""
+        return self.layout.cp_size
+
+    @property
+    def rows_per_rank(self) -> int:
+        """C: rows that each rank holds, padding included."""
+        return self.layout.rows_per_rank
+
+    def rows(self, rank: int) -> Int64:
+        """(C,) int64 ids of the pack rows that `rank` holds, in its order; ids at or beyond T are padding."""
+        return self.layout.rows(rank)
+
+    def schedule(self, window: Window = None) -> Schedule:
+        """The schedule of layers with this window; derived once."""
+        if window is not None and window >= int(self.documents.lengths.max()):
+            window = None
+        if window not in self._schedules:
+            self._schedules[window] = self.planner(self.documents, self.layout, window)
+        return self._schedules[window]
+
+    @property
+    def widest(self) -> Schedule:
+        """The schedule of the widest window in the model: every other one moves a part of its rows."""
+        return self.schedule(None if None in self.windows else max(w for w in self.windows if w is not None))
+
+    @functools.cached_property
+    def rows_moved(self) -> Int64:
+        """(W, W) int64 rows sent [source, destination] in one layer's forward (the layer with the widest window)."""
+        return self.widest.rows_moved(self.cp_size)
+
+    @functools.cached_property
+    def pairs(self) -> Int64:
+        """(W,) int64 query-key pairs on each rank, heads ignored, over the layers in `windows`."""
+        return sum(  # type: ignore[return-value]
+            (count * self.schedule(window).pairs(self.cp_size) for window, count in self.windows.items()),
+            np.zeros(self.cp_size, np.int64),
+        )
+
+    @property
+    def imbalance(self) -> float:
+        """Busiest rank's pairs over the mean; 1.0 is perfect."""
+        mean = self.pairs.mean()
+        return float(self.pairs.max() / mean) if mean else 1.0
+
+    @property
+    def lower_bound_rows(self) -> int:
+        """Rows that must move in all: for the contiguous layout its own bound, else one that no placement beats."""
+        if self.layout.name == "contiguous":
+            return _contiguous_bound(self.documents, self.layout, self.widest.window)
+        return _placement_bound(self.documents.lengths, self.rows_per_rank, self.widest.window)
+
+    @property
+    def all_gather_rows(self) -> int:
+        """Rows that an all-gather of the same pack moves in all."""
+        return self.documents.rows * (self.cp_size - 1)
+
+    @functools.cached_property
+    def seconds(self) -> float:
+        """Modelled seconds of the slowest rank, forward, over the layers in `windows`."""
+        total = np.zeros(self.cp_size)
+        for window, count in self.windows.items():
+            total += count * cost.seconds(self.schedule(window), self.cp_size, self.shape, self.hardware)
+        return float(total.max())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes that attention holds beside q, k, v and out on the busiest rank, at its peak."""
+        return cost.peak_bytes(self.widest, self.cp_size, self.rows_per_rank, self.shape)
+
+    @functools.cached_property
+    def digest(self) -> int:
+        """64-bit identity of placement, schedules and delivery: equal digests mean equal plans."""
+        state = hashlib.blake2b(digest_size=8)
+        state.update(f"{self.strategy} {self.delivery} {self.ulysses_size} {self.cp_size}".encode())
+        state.update(self.documents.cu_seqlens.astype("<i8").tobytes())
+        state.update(self.layout.segments.astype("<i8").tobytes())
+        for window in sorted(self.windows, key=lambda w: -1 if w is None else w):
+            state.update(f"window {window}".encode())
+            for step in self.schedule(window).steps:
+                state.update(step.transfers.astype("<i8").tobytes())
+                state.update(step.tiles.astype("<i8").tobytes())
+        return int.from_bytes(state.digest(), "little")
+
+    def __str__(self) -> str:
+        from sap_hf.planning.render import picture
+
+        return picture(self)
+
+
+def _contiguous_bound(documents: Documents, layout: Layout, window: Window) -> int:
+    """Sum over ranks of the rows between the start of the document that its first row is in, and that row."""
+    first = np.arange(layout.cp_size) * layout.rows_per_rank
+    first = first[first < documents.rows]
+    needed = first - documents.cu_seqlens[documents.index_of(first)]
+    return int((needed if window is None else np.minimum(needed, window - 1)).sum())
+
+
+def _placement_bound(lengths: Int64, rows_per_rank: int, window: Window) -> int:
+    """Any placement: a document of L rows needs m = ceil(L/C) ranks, which need (m-1)(L - Cm/2) rows of each other."""
+    ranks = -(-lengths // rows_per_rank)
+    if window is not None:
+        # Each of the m-1 borders inside a document needs at least one row from its other side.
+        return int((ranks - 1).sum()) if window > 1 else 0
+    return int((((ranks - 1) * (2 * lengths - rows_per_rank * ranks) + 1) // 2).sum())

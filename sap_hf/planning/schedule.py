@@ -1,0 +1,101 @@
+"""Schedule: what moves, and what is computed once it has arrived.
+
+A Schedule is a sequence of Steps. A Step's transfers are received, then its tiles are computed. Both are plain
+int64 arrays, so that a plan for a thousand ranks is still a few megabytes and a hash of its bytes is its identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from sap_hf.planning.documents import Int64
+
+# Columns of the two arrays.
+SOURCE, DESTINATION, START, STOP = range(4)
+RANK, Q_START, Q_STOP, K_START, K_STOP = range(5)
+
+NO_TRANSFERS: Int64 = np.zeros((0, 4), np.int64)
+NO_TILES: Int64 = np.zeros((0, 5), np.int64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """Transfers, then the tiles that read what they brought.
+
+    Attributes:
+        transfers: (n, 4) int64 columns source, destination, start, stop: these rows go from rank to rank.
+        tiles: (m, 5) int64 columns rank, q_start, q_stop, k_start, k_stop, inside one document: on `rank`, query
+            row q reads key row k iff k <= q and, with a window, q - k < window. Either all keys lie before the
+            queries (a full tile) or both end at the same row (a causal tile).
+    """
+
+    transfers: Int64
+    tiles: Int64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """The steps of one attention layer.
+
+    Attributes:
+        window: keys that a query sees, itself included; None for all of its document.
+    """
+
+    window: int | None
+    steps: tuple[Step, ...]
+
+    @property
+    def transfers(self) -> Int64:
+        """(n, 4) transfers of all steps."""
+        return np.concatenate([step.transfers for step in self.steps])
+
+    @property
+    def tiles(self) -> Int64:
+        """(m, 5) tiles of all steps."""
+        return np.concatenate([step.tiles for step in self.steps])
+
+    def rows_moved(self, cp_size: int) -> Int64:
+        """(W, W) int64 rows sent [source, destination] in the forward."""
+        moved = np.zeros((cp_size, cp_size), np.int64)
+        transfers = self.transfers
+        np.add.at(
+            moved, (transfers[:, SOURCE], transfers[:, DESTINATION]), transfers[:, STOP] - transfers[:, START]
+        )
+        return moved
+
+    def pairs(self, cp_size: int) -> Int64:
+        """(W,) int64 query-key pairs computed on each rank."""
+        total = np.zeros(cp_size, np.int64)
+        tiles = self.tiles
+        np.add.at(total, tiles[:, RANK], tile_pairs(tiles, self.window))
+        return total
+
+
+def tile_pairs(tiles: Int64, window: int | None) -> Int64:
+    """(m,) query-key pairs of each tile."""
+    _, q_start, q_stop, k_start, k_stop = tiles.T
+    # Row q sees the keys [max(k_start, q - window + 1), min(k_stop, q + 1)).
+    pairs = _sum_of_clipped(q_start + 1, q_stop + 1, k_stop, np.minimum)
+    if window is None:
+        return pairs - (q_stop - q_start) * k_start
+    return pairs - _sum_of_clipped(q_start - window + 1, q_stop - window + 1, k_start, np.maximum)
+
+
+def _sum_of_clipped(first: Int64, end: Int64, limit: Int64, side: np.ufunc) -> Int64:
+    """Sum of side(x, limit) over x in [first, end)."""
+    turn = np.clip(limit, first, end)
+    below, above = _sum_of_range(first, turn), _sum_of_range(turn, end)
+    if side is np.minimum:
+        return below + (end - turn) * limit
+    return (turn - first) * limit + above
+
+
+def _sum_of_range(first: Int64, end: Int64) -> Int64:
+    return (first + end - 1) * (end - first) // 2
+
+
+def reverse(transfers: Int64) -> Int64:
+    """The transfers that bring dK/dV home: source and destination swapped. reverse(reverse(t)) == t."""
+    return transfers[:, [DESTINATION, SOURCE, START, STOP]]

@@ -1,0 +1,326 @@
+"""The one differentiable operation: attention over a pack that several ranks hold together, for any plan.
+
+This rank's q, k, v and a Plan -> this rank's out. The executor runs the plan's Program operation by operation:
+forward, it receives remote K/V while local tiles run and merges by log-sum-exp; backward, it runs every tile with the
+final out and lse and sends dK/dV straight to their owners.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sap_hf.errors import ConfigError, TensorError
+from sap_hf.kernels import Kernel, pick
+from sap_hf.planning import Plan
+from sap_hf.runtime import transport
+from sap_hf.runtime.device_program import DeviceProgram, load
+from sap_hf.runtime.group import resolve, warm
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """What one attention layer needs beside its tensors."""
+
+    loaded: DeviceProgram
+    kernel: Kernel
+    group: dist.ProcessGroup | None
+    scale: float
+    softcap: float | None
+    keep_remote_kv: bool
+
+    @property
+    def kernel_options(self) -> dict[str, Any]:
+        return {"scale": self.scale, "window": self.loaded.program.window, "softcap": self.softcap}
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    *,
+    group: dist.ProcessGroup | None = None,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    kernel: str = "auto",
+    remote_kv: str = "refetch",
+) -> torch.Tensor:
+    """Causal attention inside every document of a pack that the ranks of `group` share.
+
+    Args:
+        q: (C, H, D), this rank's rows in the order of `plan.rows(rank)`.
+        k, v: (C, K, D) and (C, K, Dv), the same rows. H is a multiple of K.
+        group: the ranks that share the pack; None is the attached cp group, else all ranks. Its first use runs one
+            all-reduce over all its ranks.
+        softmax_scale: factor on q . k; None is 1 / sqrt(D).
+        window: keys a query sees, itself included; None is its whole document.
+        softcap: logits become softcap * tanh(logits / softcap).
+        sinks: (H,) one logit per head that takes part in the softmax and has no value.
+        kernel: auto | reference | sdpa | varlen | flash.
+        remote_kv: refetch | keep, in the backward receive remote K/V again or hold it since the forward.
+
+    Returns:
+        out (C, H, Dv) in q's dtype (under autocast: the autocast dtype). Padding rows are 0, and so are their gradients.
+
+    Raises:
+        TensorError: shapes, dtypes or devices that the plan cannot use.
+        LayoutError: a group whose size is not `plan.cp_size`.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        # Before the exchange: float32 from a norm or a rotary embedding would double what travels.
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check(q, k, v, sinks, plan)
+    if window is not None and window < 1:
+        raise ConfigError(f"window={window}: a query sees at least itself. Use None for full attention.")
+    if remote_kv not in ("refetch", "keep"):
+        raise ConfigError(f"remote_kv={remote_kv!r} is not one of refetch, keep.")
+    process_group, rank = resolve(group, plan.cp_size)
+    if process_group is not None and plan.cp_size > 1:
+        warm(process_group, q.device)
+    chosen, _ = pick(
+        kernel,
+        device_type=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        softcap=softcap,
+        window=window,
+    )
+    layer = Layer(
+        loaded=load(plan, rank, window, q.device),
+        kernel=chosen,
+        group=process_group,
+        scale=1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
+        softcap=softcap,
+        keep_remote_kv=remote_kv == "keep",
+    )
+    out: torch.Tensor = _Attention.apply(q, k, v, sinks, layer)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, layer: Layer
+    ) -> torch.Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse, buffer = _forward(q, k, v, layer)
+            if sinks is not None:
+                # A sink is one more part with out = 0: merging it only shrinks what is there.
+                with_sink = torch.logaddexp(lse, sinks.to(lse.dtype))
+                out *= torch.exp(lse - with_sink).unsqueeze(-1)
+                lse = with_sink
+            out = out.to(q.dtype)
+        keep = layer.keep_remote_kv and layer.loaded.program.exchanges
+        ctx.save_for_backward(q, k, v, out, lse, sinks, buffer if keep else None)
+        ctx.layer = layer
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse, sinks, buffer = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            dout = dout.contiguous()
+            dq, dk, dv = _backward(dout, q, k, v, out, lse, buffer, ctx.layer)
+            dsinks = None
+            if sinks is not None:
+                delta = (out.to(lse.dtype) * dout.to(lse.dtype)).sum(-1)
+                dsinks = -(torch.exp(sinks.to(lse.dtype) - lse) * delta).sum(0).to(sinks.dtype)
+        return dq, dk, dv, dsinks, None
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Layer
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out (C, H, Dv) and lse (C, H) in the accumulation dtype, and the K/V buffer with the rows received."""
+    loaded, width = layer.loaded, k.shape[-1]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    buffer = _buffer(k, v, loaded.program.buffer_rows)
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[-1], dtype=wide, device=q.device)
+    lse = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
+    pending: dict[int, transport.Pending] = {}
+    for operation in loaded.program.forward:
+        if operation.kind == "post":
+            pending[operation.at] = _fetch(buffer, operation.at, layer)
+        elif operation.kind == "wait":
+            pending.pop(operation.at).wait()
+        else:
+            call = loaded.calls[operation.at]
+            keys = call.k.take(buffer)
+            part = layer.kernel.forward(
+                call.q.take(q), keys[..., :width], keys[..., width:], call.segments, **layer.kernel_options
+            )
+            call.q.merge_into(out, lse, *part)
+    return out, lse, buffer
+
+
+def _backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    buffer: torch.Tensor | None,
+    layer: Layer,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv of this rank's own rows."""
+    loaded, width = layer.loaded, k.shape[-1]
+    program = loaded.program
+    operations = program.backward if buffer is None else program.backward_kept
+    if buffer is None:
+        buffer = _buffer(k, v, program.buffer_rows)
+    dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+    dkv = torch.zeros(buffer.shape, dtype=lse.dtype, device=q.device)
+    pending: dict[int, transport.Pending] = {}
+    home: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for operation in operations:
+        at = operation.at
+        if operation.kind == "post":
+            pending[at] = _fetch(buffer, at, layer)
+        elif operation.kind == "wait":
+            pending.pop(at).wait()
+        elif operation.kind == "post_return":
+            pending[at], home[at] = _return(dkv, buffer.dtype, at, layer)
+        elif operation.kind == "wait_return":
+            pending.pop(at).wait()
+            _collect(dkv, home.pop(at)[0], at, layer)
+        else:
+            call = loaded.calls[at]
+            keys = call.k.take(buffer)
+            rows = call.q
+            part_q, part_k, part_v = layer.kernel.backward(
+                rows.take(dout),
+                rows.take(q),
+                keys[..., :width],
+                keys[..., width:],
+                rows.take(out),
+                rows.take(lse),
+                call.segments,
+                **layer.kernel_options,
+            )
+            rows.add_to(dq, part_q)
+            call.k.add_to(dkv[..., :width], part_k)
+            call.k.add_to(dkv[..., width:], part_v)
+    own = dkv[: program.own_rows]
+    return dq.to(q.dtype), own[..., :width].to(k.dtype), own[..., width:].to(v.dtype)
+
+
+def _buffer(k: torch.Tensor, v: torch.Tensor, rows: int) -> torch.Tensor:
+    """(rows, K, D + Dv): own K and V token by token, then room for what arrives. A run of rows is one message."""
+    buffer = torch.empty(rows, k.shape[1], k.shape[2] + v.shape[2], dtype=k.dtype, device=k.device)
+    buffer[: len(k), :, : k.shape[2]] = k
+    buffer[: len(k), :, k.shape[2] :] = v
+    return buffer
+
+
+def _fetch(buffer: torch.Tensor, at: int, layer: Layer) -> transport.Pending:
+    """Start receiving the rows of exchange `at` into the buffer."""
+    exchange, index = layer.loaded.program.exchanges[at], layer.loaded.packed[at]
+    group = layer.group
+    assert group is not None, "an exchange needs a process group"
+    if index is None:
+        return transport.current().post(
+            [(m.peer, buffer[m.start : m.stop]) for m in exchange.sends],
+            [(m.peer, buffer[m.start : m.stop]) for m in exchange.receives],
+            group,
+        )
+    return transport.current().post_all_to_all(
+        buffer.index_select(0, index),
+        buffer[_span(exchange.receives)],
+        _rows_per_peer(exchange.sends, layer),
+        _rows_per_peer(exchange.receives, layer),
+        group,
+    )
+
+
+def _return(
+    dkv: torch.Tensor, wire: torch.dtype, at: int, layer: Layer
+) -> tuple[transport.Pending, tuple[torch.Tensor, torch.Tensor]]:
+    """Start sending dK/dV of received rows to their owners.
+
+    Returns the pending exchange, and (what comes home for own rows, what is sent), both alive until it is done.
+    """
+    exchange, index = layer.loaded.program.exchanges[at], layer.loaded.packed[at]
+    group = layer.group
+    assert group is not None, "an exchange needs a process group"
+    span = _span(exchange.receives)
+    leaving = dkv[span].to(wire)
+    rows = sum(m.stop - m.start for m in exchange.sends)
+    home = torch.empty(rows, *dkv.shape[1:], dtype=wire, device=dkv.device)
+    if index is not None:
+        pending = transport.current().post_all_to_all(
+            leaving,
+            home,
+            _rows_per_peer(exchange.receives, layer),
+            _rows_per_peer(exchange.sends, layer),
+            group,
+        )
+        return pending, (home, leaving)
+    receives, offset = [], 0
+    for m in exchange.sends:
+        receives.append((m.peer, home[offset : offset + m.stop - m.start]))
+        offset += m.stop - m.start
+    sends = [(m.peer, leaving[m.start - span.start : m.stop - span.start]) for m in exchange.receives]
+    return transport.current().post(sends, receives, group), (home, leaving)
+
+
+def _collect(dkv: torch.Tensor, home: torch.Tensor, at: int, layer: Layer) -> None:
+    """Add what came home to the gradients of own rows: one reader after the other, in rank order."""
+    exchange, index = layer.loaded.program.exchanges[at], layer.loaded.packed[at]
+    offset = 0
+    for m in exchange.sends:
+        part = home[offset : offset + m.stop - m.start].to(dkv.dtype)
+        offset += m.stop - m.start
+        if index is None:
+            dkv[m.start : m.stop] += part
+        else:
+            dkv.index_add_(0, index[m.start : m.stop], part)
+
+
+def _span(messages: Any) -> slice:
+    """The buffer rows that received messages fill together."""
+    return slice(messages[0].start, messages[-1].stop) if messages else slice(0, 0)
+
+
+def _rows_per_peer(messages: Any, layer: Layer) -> list[int]:
+    rows = [0] * layer.loaded.program.cp_size
+    for m in messages:
+        rows[m.peer] += m.stop - m.start
+    return rows
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, plan: Plan) -> None:
+    """Refuse tensors that the plan cannot use."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 3:
+        raise TensorError(f"{shapes}: each must have the dimensions (rows, heads, width).")
+    rows = plan.rows_per_rank
+    if not len(q) == len(k) == len(v) == rows:
+        raise TensorError(
+            f"{shapes}: the plan gives every rank {rows} rows ({plan.documents.rows} rows over {plan.cp_size} ranks, "
+            "padded alike).\n  Pass the rows plan.rows(rank), in that order."
+        )
+    if q.shape[2] != k.shape[2] or k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
+        raise TensorError(
+            f"{shapes}: q and k need the same width, k and v the same heads, and q a multiple of k's heads."
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise TensorError(
+            f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: outside autocast they must share one floating dtype."
+        )
+    if not q.device == k.device == v.device:
+        raise TensorError(f"q is on {q.device}, k on {k.device}, v on {v.device}: one device is needed.")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise TensorError(
+            f"sinks {tuple(sinks.shape)}: one logit for each of the {q.shape[1]} heads is needed."
+        )

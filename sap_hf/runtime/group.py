@@ -1,0 +1,108 @@
+"""The cp group: which ranks share a pack, and the one thing they must agree on.
+
+`attach` names the group once; `sap_hf.attention` finds it here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+
+import torch
+import torch.distributed as dist
+
+from sap_hf.errors import BatchMismatch, LayoutError, SapError
+
+
+@dataclasses.dataclass(frozen=True)
+class CpGroup:
+    """The ranks that share one pack.
+
+    Attributes:
+        device: carries K and V (NCCL on CUDA, gloo on CPU). None for a single process without torch.distributed.
+        host: a gloo group over the same ranks, for a few bytes per batch that never touch the device.
+    """
+
+    device: dist.ProcessGroup | None
+    host: dist.ProcessGroup | None
+    size: int
+    rank: int
+
+
+ALONE = CpGroup(None, None, 1, 0)
+_attached: CpGroup | None = None
+_warm: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+
+
+def attach_group(group: CpGroup | None) -> None:
+    """Make `group` what `sap_hf.attention(group=None)` means; None goes back to WORLD."""
+    global _attached
+    _attached = group
+
+
+def resolve(group: dist.ProcessGroup | None, cp_size: int) -> tuple[dist.ProcessGroup | None, int]:
+    """The group to use and this process's rank in it.
+
+    Raises:
+        LayoutError: the group does not have `cp_size` ranks.
+    """
+    if group is None and _attached is not None:
+        group = _attached.device
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    size = 1 if group is None else dist.get_world_size(group)
+    if size != cp_size:
+        raise LayoutError(
+            f"The plan is for cp_size={cp_size} ranks, but the group has {size}.\n"
+            f"  Plan with cp_size={size}, or pass the group of the {cp_size} ranks that share this pack."
+        )
+    return group, 0 if group is None else dist.get_rank(group)
+
+
+def warm(group: dist.ProcessGroup, device: torch.device) -> None:
+    """One all-reduce over all ranks on a group's first use, so that no later point-to-point call is its first."""
+    if group not in _warm:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        _warm.add(group)
+
+
+def agree(group: CpGroup, fingerprint: tuple[int, int], problem: SapError | None) -> None:
+    """Raise on every rank alike when one rank refused its batch, or when the batches differ.
+
+    Args:
+        fingerprint: 64-bit hash of the inputs and digest of the plan; ignored where there is a problem.
+        problem: why this rank refuses its batch, or None.
+
+    Raises:
+        SapError: this rank's own problem.
+        BatchMismatch: another rank's problem, or other inputs on another rank.
+    """
+    if group.host is None:
+        if problem is not None:
+            raise problem
+        return
+    row = [int(problem is not None), *(_signed(word) for word in fingerprint)]
+    mine = torch.tensor(row, dtype=torch.int64)
+    everyone = torch.empty(group.size * 3, dtype=torch.int64)
+    dist.all_gather_single(everyone, mine, group=group.host)
+    table = everyone.view(group.size, 3)
+    if table[:, 0].any():
+        messages: list[str | None] = [None] * group.size
+        dist.all_gather_object(messages, str(problem) if problem else None, group=group.host)
+        if problem is not None:
+            raise problem
+        rank = int(table[:, 0].nonzero()[0])
+        raise BatchMismatch(f"Rank {rank} of this cp group refused its batch: {messages[rank]}")
+    for column, what in ((1, "inputs"), (2, "plan")):
+        odd = (table[:, column] != table[0, column]).nonzero().flatten().tolist()
+        if odd:
+            raise BatchMismatch(
+                f"The {group.size} ranks of a cp group share every batch, but the {what} of rank "
+                f"{', '.join(map(str, odd))} differ from rank 0's.\n"
+                "  Give all of them the same data in the same order: the same seed, dispatch_batches=False for an "
+                "iterable dataset, and the same config."
+            )
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >= 1 << 63 else word

@@ -1,0 +1,7 @@
+"""Strategies: pure functions (Documents, Layout, window) -> Schedule, and `plan`, which chooses among them."""
+
+from sap_hf.strategies.all_gather import all_gather
+from sap_hf.strategies.auto import make_plan, plan
+from sap_hf.strategies.sap import sap
+
+__all__ = ["all_gather", "make_plan", "plan", "sap"]

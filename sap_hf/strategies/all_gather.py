@@ -1,0 +1,33 @@
+"""All-gather: every rank receives every row of the pack, whether its tiles read it or not.
+
+Documents, Layout -> Schedule. As in Megatron's and Llama 3's all-gather context parallelism (arXiv:2407.21783). The
+tiles are those of `sap`: what is computed does not depend on what else has moved.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sap_hf.planning.documents import Documents
+from sap_hf.planning.layout import Layout, cut
+from sap_hf.planning.schedule import NO_TRANSFERS, Schedule, Step
+from sap_hf.strategies.sap import tiles
+
+
+def all_gather(documents: Documents, layout: Layout, window: int | None = None) -> Schedule:
+    """Move every real row to every other rank."""
+    local, remote, _ = tiles(documents, cut(documents, layout), window)
+    source, start, stop = layout.segments.T
+    stop = np.minimum(stop, documents.rows)
+    ranks = np.arange(layout.cp_size)
+    send = np.stack(
+        [
+            np.repeat(source, layout.cp_size),
+            np.tile(ranks, len(source)),
+            np.repeat(start, layout.cp_size),
+            np.repeat(stop, layout.cp_size),
+        ],
+        axis=1,
+    )
+    send = send[(send[:, 0] != send[:, 1]) & (send[:, 2] < send[:, 3])]
+    return Schedule(window, (Step(NO_TRANSFERS, local), Step(send, remote)))

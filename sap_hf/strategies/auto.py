@@ -1,0 +1,112 @@
+"""plan(): from document lengths and a number of ranks to a Plan, choosing whatever was left to "auto"."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from sap_hf.config import LAYOUTS, STRATEGIES, check_choice
+from sap_hf.errors import ConfigError, DocumentError, LayoutError
+from sap_hf.planning.cost import Hardware, Shape, find_hardware
+from sap_hf.planning.documents import Documents, Int64
+from sap_hf.planning.layout import LAYOUTS as MAKERS
+from sap_hf.planning.plan import Plan, Planner, Window
+from sap_hf.strategies.all_gather import all_gather
+from sap_hf.strategies.sap import sap
+
+PLANNERS: dict[str, Planner] = {"sap": sap, "all_gather": all_gather}
+# Grouped point-to-point sends one message per run of rows, without packing them first. Beyond this many runs per
+# rank, one packed all-to-all is cheaper.
+MESSAGES_PER_RANK = 32
+
+
+def plan(
+    lengths: Sequence[int] | Int64 | None = None,
+    *,
+    cu_seqlens: Sequence[int] | Int64 | None = None,
+    cp_size: int,
+    ulysses_size: int | str = 1,
+    strategy: str = "auto",
+    layout: str = "auto",
+    window: int | Mapping[Window, int] | None = None,
+    num_heads: int = 32,
+    num_kv_heads: int = 8,
+    head_dim: int = 128,
+    bytes_per_element: int = 2,
+    hardware: Hardware | str | None = None,
+) -> Plan:
+    """Plan how `cp_size` ranks attend to one pack of documents.
+
+    Args:
+        lengths: rows of each document, in pack order. Give this or `cu_seqlens`.
+        cu_seqlens: (N+1,) borders of the documents, from 0 to T.
+        cp_size: ranks that share the pack.
+        ulysses_size: of these, ranks that exchange heads instead of rows; 1 in this version.
+        strategy: auto | sap | all_gather.
+        layout: auto | contiguous | zigzag.
+        window: keys a query sees, itself included, or {window: number of layers}; None is full attention.
+        num_heads, num_kv_heads, head_dim, bytes_per_element: the layer, for modelled seconds and bytes.
+        hardware: a preset's name or a Hardware; None is h100 with 8 ranks per node.
+
+    Raises:
+        DocumentError: lengths or cu_seqlens that do not describe whole documents, or both given.
+        LayoutError: cp_size below 1.
+        ConfigError: a strategy, layout, window or preset that does not exist.
+    """
+    if (lengths is None) == (cu_seqlens is None):
+        raise DocumentError("Give either lengths or cu_seqlens: exactly one of them describes the pack.")
+    documents = (
+        Documents.from_lengths(lengths) if lengths is not None else Documents.from_cu_seqlens(cu_seqlens)
+    )  # type: ignore[arg-type]
+    if ulysses_size not in (1, "auto"):
+        raise ConfigError(f"ulysses_size={ulysses_size}: this version does not exchange heads. Use 1.")
+    windows = dict(window) if isinstance(window, Mapping) else {window: 1}
+    shape = Shape(num_heads, num_kv_heads, head_dim, bytes_per_element)
+    return make_plan(documents, cp_size, strategy, layout, windows, "auto", shape, find_hardware(hardware))
+
+
+def make_plan(
+    documents: Documents,
+    cp_size: int,
+    strategy: str,
+    layout: str,
+    windows: Mapping[Window, int],
+    delivery: str,
+    shape: Shape,
+    hardware: Hardware,
+) -> Plan:
+    """`plan` for documents that exist already; "auto" takes the least modelled time, the earlier name on a tie."""
+    if isinstance(cp_size, bool) or not isinstance(cp_size, int) or cp_size < 1:
+        raise LayoutError(f"cp_size={cp_size!r}: a pack is shared by at least one rank.")
+    check_choice("strategy", strategy, STRATEGIES)
+    check_choice("layout", layout, LAYOUTS)
+    for window in windows:
+        if window is not None and window < 1:
+            raise ConfigError(f"window={window}: a query sees at least itself. Use None for full attention.")
+    if not windows:
+        raise ConfigError("window={} names no layer. Use None for full attention.")
+    # Moving needed rows only is never slower under the model than moving all of them.
+    chosen = "sap" if strategy == "auto" else strategy
+    names = [name for name in MAKERS if layout in ("auto", name)]
+    plans = [
+        Plan(
+            documents=documents,
+            layout=MAKERS[name](documents.rows, cp_size),
+            strategy=chosen,
+            planner=PLANNERS[chosen],
+            windows=windows,
+            delivery=delivery,
+            shape=shape,
+            hardware=hardware,
+        )
+        for name in names
+    ]
+    best = min(plans, key=lambda candidate: candidate.seconds)
+    if delivery == "auto":
+        best = dataclasses.replace(best, delivery=_delivery(best))
+    return best
+
+
+def _delivery(plan: Plan) -> str:
+    transfers = plan.widest.transfers
+    return "p2p" if len(transfers) <= MESSAGES_PER_RANK * plan.cp_size else "all_to_all"
