@@ -47,10 +47,11 @@ def resolve(group: dist.ProcessGroup | None, cp_size: int) -> tuple[dist.Process
         LayoutError: the group does not have `cp_size` ranks.
     """
     if group is None and _attached is not None:
-        group = _attached.device
-    if group is None and dist.is_available() and dist.is_initialized():
-        group = dist.group.WORLD
-    size = 1 if group is None else dist.get_world_size(group)
+        group, size = _attached.device, _attached.size
+    else:
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        size = 1 if group is None else dist.get_world_size(group)
     if size != cp_size:
         raise LayoutError(
             f"The plan is for cp_size={cp_size} ranks, but the group has {size}.\n"
@@ -64,6 +65,30 @@ def warm(group: dist.ProcessGroup, device: torch.device) -> None:
     if group not in _warm:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
         _warm.add(group)
+
+
+def all_gather(tensor: torch.Tensor, size: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """(size * n, ...) of every rank's (n, ...), in rank order."""
+    everyone = torch.empty(size * len(tensor), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    if hasattr(dist, "all_gather_single"):
+        dist.all_gather_single(everyone, tensor, group=group)
+    else:  # TODO(torch>=2.13): the only name then.
+        dist.all_gather_into_tensor(everyone, tensor, group=group)
+    return everyone
+
+
+def attached() -> CpGroup | None:
+    """The cp group that `attach_group` named, or None."""
+    return _attached
+
+
+def world() -> CpGroup:
+    """All ranks of the run as one cp group."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ALONE
+    whole = dist.group.WORLD
+    host = whole if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return CpGroup(whole, host, dist.get_world_size(), dist.get_rank())
 
 
 def agree(group: CpGroup, fingerprint: tuple[int, int], problem: SapError | None) -> None:
@@ -83,9 +108,7 @@ def agree(group: CpGroup, fingerprint: tuple[int, int], problem: SapError | None
         return
     row = [int(problem is not None), *(_signed(word) for word in fingerprint)]
     mine = torch.tensor(row, dtype=torch.int64)
-    everyone = torch.empty(group.size * 3, dtype=torch.int64)
-    dist.all_gather_single(everyone, mine, group=group.host)
-    table = everyone.view(group.size, 3)
+    table = all_gather(mine, group.size, group.host).view(group.size, 3)
     if table[:, 0].any():
         messages: list[str | None] = [None] * group.size
         dist.all_gather_object(messages, str(problem) if problem else None, group=group.host)

@@ -1,0 +1,130 @@
+"""The attention and mask functions that transformers calls under the name "sap".
+
+While a pack is sharded, attention goes to `sap_hf.attention` and no mask is made (the plan is the mask). At all other
+times (generation, an unsharded evaluation) both do what the model did before it was patched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sap_hf.config import SapConfig
+from sap_hf.errors import UnsupportedAttention
+from sap_hf.planning import Plan
+from sap_hf.runtime import attention
+from sap_hf.runtime.group import CpGroup
+
+# No "flash" and no "/" in it: both would change what transformers does with the name.
+NAME = "sap"
+# The keyword argument that carries a Shard through the model, and with it into a checkpoint's recompute.
+KEYWORD = "sap_shard"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shard:
+    """What every attention layer of one sharded forward needs.
+
+    Attributes:
+        plan: how the ranks of `group` attend to this pack.
+        seen: ids of the layers that came through here in this forward.
+    """
+
+    plan: Plan
+    group: CpGroup
+    config: SapConfig
+    seen: set[int] = dataclasses.field(default_factory=set)
+
+
+class _State(threading.local):
+    shard: Shard | None = None
+
+
+# Masks are made in the thread that runs the forward and are never recomputed, so a thread-local serves them.
+state = _State()
+# id of a patched model's config -> what it used before.
+originals: dict[int, str] = {}
+
+
+def sap_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sap_shard: Shard | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention function: q (1, H, C, D), k and v (1, K, C, D) -> out (1, C, H, D), no weights."""
+    name = type(module).__name__
+    if sap_shard is None:
+        if state.shard is not None:
+            raise UnsupportedAttention(
+                f"{name} did not pass on the keyword argument {KEYWORD!r}: its recompute could not find its plan."
+            )
+        return _original(module)(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            **({} if s_aux is None else {"s_aux": s_aux}),
+            **kwargs,
+        )
+    if attention_mask is not None or kwargs.get("position_bias") is not None:
+        raise UnsupportedAttention(f"{name} passes a mask or a position bias; a sharded pack has neither.")
+    if dropout:
+        raise UnsupportedAttention(f"{name} has attention dropout {dropout}; set config.attention_dropout = 0.0.")
+    sap_shard.seen.add(id(module))
+    out = attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        sap_shard.plan,
+        group=sap_shard.group.device,
+        softmax_scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        kernel=sap_shard.config.kernel,
+        remote_kv=sap_shard.config.remote_kv,
+    )
+    return out.unsqueeze(0), None
+
+
+def sap_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """transformers' mask function: None while a pack is sharded, else the mask of the original implementation."""
+    if state.shard is not None:
+        return None
+    original = originals.get(id(kwargs.get("config")), "sdpa")
+    mapping = AttentionMaskInterface()
+    return mapping[original if original in mapping else "sdpa"](*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def register() -> None:
+    """Make the name "sap" known to transformers."""
+    AttentionInterface.register(NAME, sap_attention)
+    AttentionMaskInterface.register(NAME, sap_mask)
+
+
+def _original(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    name = originals.get(id(module.config), "sdpa")
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[no-any-return]

@@ -1,0 +1,109 @@
+"""patch_model / unpatch_model: route a transformers model's attention through sap_hf, and give everything back."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sap_hf.config import SapConfig
+from sap_hf.errors import UnsupportedAttention
+from sap_hf.models.families import attention_layers
+from sap_hf.models.interface import NAME, originals, register
+from sap_hf.models.sharding import Sharding
+from sap_hf.runtime.group import CpGroup, attached, world
+
+
+@dataclasses.dataclass(eq=False)
+class Patch:
+    """What `patch_model` did to a model.
+
+    Attributes:
+        classes: {attention class: number of layers}.
+        sharding: the hooks that cut batches and put outputs together.
+        original: the attention implementation before.
+    """
+
+    classes: dict[str, int]
+    sharding: Sharding
+    configs: list[Any]
+    original: str
+    use_cache: Any
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} x{count}: via interface" for name, count in self.classes.items())
+
+
+_patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDictionary()
+
+
+def patch_model(
+    model: torch.nn.Module,
+    config: SapConfig | str | Path | None = None,
+    *,
+    group: CpGroup | None = None,
+    **options: Any,
+) -> Patch:
+    """Make a transformers model share every batch that it is given with the ranks of its cp group.
+
+    Every rank passes the same whole batch; the model computes this rank's rows. In training, gradients averaged over
+    all ranks (as DDP and FSDP do) are those of the whole batch; `loss` is the whole batch's mean on every rank, unless
+    num_items_in_batch is passed: then it is this rank's part of the sum, divided by it, as Trainer expects.
+
+    Args:
+        model: a causal language model, or a PEFT model around one.
+        config: a SapConfig, the path of its YAML, or None; options override its fields.
+        group: the ranks that share a batch; None is the group that SapPlugin made, else all ranks.
+
+    Returns:
+        The Patch; `print` it to see the classes patched and how.
+
+    Raises:
+        UnsupportedAttention: a model that is not exact; nothing has been changed then.
+    """
+    resolved = SapConfig.resolve(config, options)
+    if model in _patches:
+        unpatch_model(model)
+    layers = attention_layers(model)
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    cp_group = group or attached() or world()
+    register()
+    original = base.config._attn_implementation
+    base.set_attn_implementation(NAME)
+    if base.config._attn_implementation != NAME:
+        raise UnsupportedAttention(
+            f"{base.config.model_type}: {type(base).__name__} refused the attention implementation {NAME!r}."
+        )
+    configs = list({id(module.config): module.config for module in base.modules() if hasattr(module, "config")}.values())
+    for each in configs:
+        originals[id(each)] = original
+    patch = Patch(
+        classes=dict(Counter(type(layer).__name__ for layer in layers.values())),
+        sharding=Sharding(model, layers, resolved, cp_group),
+        configs=configs,
+        original=original,
+        use_cache=getattr(base.config, "use_cache", None),
+    )
+    _patches[model] = patch
+    return patch
+
+
+def unpatch_model(model: torch.nn.Module) -> None:
+    """Undo `patch_model`; a model that was never patched stays as it is."""
+    patch = _patches.pop(model, None)
+    if patch is None:
+        return
+    patch.sharding.remove()
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.set_attn_implementation(patch.original)
+    for config in patch.configs:
+        originals.pop(id(config), None)
+
+
+def find_patch(model: torch.nn.Module) -> Patch | None:
+    """The patch of a model, or None."""
+    return _patches.get(model)

@@ -1,0 +1,207 @@
+"""Sharding: hooks on the outermost module that give every rank its rows, and give evaluation its batch back.
+
+Before the forward: batch -> documents -> plan -> this rank's ids, positions and already shifted labels. After it: in
+evaluation the per-token outputs of all ranks are put together again, so that metrics never see a shard.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+
+from sap_hf.config import SapConfig
+from sap_hf.errors import SapError, UnsupportedAttention
+from sap_hf.models.batch import BOUNDARIES, Batch, Cut, read
+from sap_hf.models.families import windows
+from sap_hf.models.interface import KEYWORD, Shard, state
+from sap_hf.planning import Documents, Plan
+from sap_hf.planning.cost import Shape, find_hardware
+from sap_hf.runtime.collectives import gather_rows, sum_over_ranks
+from sap_hf.runtime.group import CpGroup, agree
+from sap_hf.strategies import make_plan
+
+PLANS_KEPT = 8
+
+
+class Sharding:
+    """The forward hooks of one patched model.
+
+    Attributes:
+        full_outputs: also in training, give per-token outputs of the whole batch, differentiably, to whoever computes
+            the loss from them.
+        eval_outputs: in evaluation, put per-token outputs together; off when only the loss is wanted.
+        last_plan: the plan of the newest sharded forward.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, layers: dict[str, torch.nn.Module], config: SapConfig, group: CpGroup
+    ):
+        self.model, self.layers, self.config, self.group = model, layers, config, group
+        self.windows = windows(model)
+        self.full_outputs = False
+        self.eval_outputs = True
+        self.last_plan: Plan | None = None
+        self._batch: Batch | None = None
+        self._counts_given = False
+        self._all_layers_seen = False
+        self._plans = functools.lru_cache(maxsize=PLANS_KEPT)(self._plan)
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        state.shard, self._batch = None, None
+        inputs = self._by_name(args, kwargs)
+        if not _shardable(module, inputs):
+            return None
+        batch, plan = self._agree_on(inputs)
+        main = inputs.get("input_ids")
+        main = inputs["inputs_embeds"] if main is None else main
+        cut = Cut.of(batch, plan, self.group.rank, main.device)
+        for name in ("attention_mask", *BOUNDARIES):
+            inputs.pop(name, None)
+        for name in ("input_ids", "inputs_embeds"):
+            if inputs.get(name) is not None:
+                inputs[name] = cut.of_batch(inputs[name])
+        inputs["position_ids"] = cut.of_pack(torch.from_numpy(batch.positions()).to(main.device), 0)
+        self._shard_labels(inputs, batch, cut)
+        inputs["use_cache"] = False
+        state.shard = inputs[KEYWORD] = Shard(plan, self.group, self.config)
+        self._batch, self.last_plan = batch, plan
+        return (), inputs
+
+    def _agree_on(self, inputs: dict[str, Any]) -> tuple[Batch, Plan]:
+        """Documents and plan of this batch; every rank raises when any of them refuses its own."""
+        problem, batch, plan, fingerprint = None, None, None, (0, 0)
+        try:
+            batch = read(inputs)
+            plan = self._plans(batch.documents.cu_seqlens.tobytes())
+            fingerprint = (batch.fingerprint, plan.digest)
+        except SapError as error:
+            problem = error
+        if self.config.check_batches:
+            agree(self.group, fingerprint, problem)
+        elif problem is not None:
+            raise problem
+        assert batch is not None
+        assert plan is not None
+        return batch, plan
+
+    def _plan(self, cu_seqlens: bytes) -> Plan:
+        config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        heads = config.num_attention_heads
+        shape = Shape(
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
+        return make_plan(
+            Documents(np.frombuffer(cu_seqlens, np.int64).copy()),
+            self.group.size,
+            self.config.strategy,
+            self.config.layout,
+            self.windows,
+            self.config.delivery,
+            shape,
+            find_hardware(None),
+        )
+
+    def _shard_labels(self, inputs: dict[str, Any], batch: Batch, cut: Cut) -> None:
+        """Shift labels once over the whole pack, then cut: a shard's last row keeps its target."""
+        labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
+        self._counts_given = inputs.get("num_items_in_batch") is not None
+        if labels is None and shifted is None:
+            return
+        if shifted is None:
+            targets = batch.targets(labels)
+        else:
+            targets = shifted.reshape(-1)[torch.from_numpy(batch.tokens).to(shifted.device)]
+        inputs["labels"] = inputs["shift_labels"] = cut.of_pack(targets, -100)
+        if not self._counts_given:
+            # A shard's own mean would weigh shards, not tokens: divide by the targets of the whole pack instead.
+            inputs["num_items_in_batch"] = (targets != -100).sum()
+
+    def _after(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        shard, batch = state.shard, self._batch
+        state.shard, self._batch = None, None
+        if shard is None or batch is None or output is None:
+            return None
+        self._check_all_seen(shard)
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if loss is not None and not module.training and self._counts_given:
+            # Trainer multiplies by the number of processes; the cp group's sum counts once in that.
+            _set(output, "loss", sum_over_ranks(loss.detach(), self.group) / self.group.size)
+        elif loss is not None and not self._counts_given:
+            _set(output, "loss", sum_over_ranks(loss, self.group))
+        if self.full_outputs or (not module.training and self.eval_outputs):
+            whole = functools.partial(self._whole, plan=shard.plan, batch=batch)
+            for name in list(output.keys()):
+                if name != "loss":
+                    _set(output, name, _map_tensors(output[name], whole))
+        return output
+
+    def _whole(self, tensor: torch.Tensor, plan: Plan, batch: Batch) -> torch.Tensor:
+        """(B, S, ...) of all ranks' (1, C, ...), 0 at padding; other tensors as they are."""
+        if tensor.dim() < 2 or tensor.shape[:2] != (1, plan.rows_per_rank):
+            return tensor
+        rows = gather_rows(tensor[0], plan, self.group)
+        whole = rows.new_zeros(batch.shape[0] * batch.shape[1], *rows.shape[1:])
+        tokens = torch.from_numpy(batch.tokens).to(rows.device)
+        return whole.index_copy(0, tokens, rows).unflatten(0, batch.shape)
+
+    def _check_all_seen(self, shard: Shard) -> None:
+        """In the first forward, make sure that every attention layer came through us."""
+        if self._all_layers_seen:
+            return
+        missing = [name for name, layer in self.layers.items() if id(layer) not in shard.seen]
+        if missing:
+            raise UnsupportedAttention(
+                f"{type(self.model).__name__}: {len(missing)} of {len(self.layers)} attention layers did not go "
+                f"through sap_hf, the first is {missing[0]}. Its result would have been wrong."
+            )
+        self._all_layers_seen = True
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not args:
+            return dict(kwargs)
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _shardable(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether this forward is over a whole batch; a step of generation is not, and runs unsharded."""
+    if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+        return False
+    if inputs.get("past_key_values") is not None:
+        return False
+    if not module.training and inputs.get("use_cache"):
+        return False
+    logits_to_keep = inputs.get("logits_to_keep")
+    return isinstance(logits_to_keep, int | None) and not logits_to_keep
+
+
+def _map_tensors(value: Any, function: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_map_tensors(item, function) for item in value)
+    return value
+
+
+def _set(output: Any, name: str, value: Any) -> None:
+    output[name] = value
