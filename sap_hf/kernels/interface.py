@@ -1,12 +1,11 @@
 """One interface for every attention kernel, and the choice of the kernel.
 
-q, k, v of this rank and Segments (which rows read which) -> out and lse; with the final out and lse -> dq, dk, dv.
+q, k, v of this rank and Segments (which rows read which) -> out, lse; with the final out, lse -> dq, dk, dv.
 `runtime` calls a kernel several times with disjoint keys and combines the answers with `merge`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,8 +23,9 @@ FLASH_MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Which rows attend to which in one kernel call: query rows [cu_q[i], cu_q[i+1]) read [cu_k[i], cu_k[i+1]).
+    """Which rows attend to which in one kernel call.
 
+    Query rows [cu_q[i], cu_q[i+1]) read key rows [cu_k[i], cu_k[i+1]).
     Compared and hashed by identity: a kernel keeps what it derived from one batch's Segments for all layers.
     """
 
@@ -38,7 +38,7 @@ class Segments:
     max_k: int
     """Key rows of the largest segment."""
     causal: bool
-    """True: bottom-right aligned, query i of n_q reads key j iff j <= i + n_k - n_q (n_k >= n_q). False: all keys."""
+    """True: bottom-right aligned, query i of n_q reads key j iff j <= i + n_k - n_q. False: every key."""
     cu_q_device: torch.Tensor
     """cu_q as int32 on the compute device, so that no layer copies it again."""
     cu_k_device: torch.Tensor
@@ -61,7 +61,9 @@ class Segments:
         sizes_k = [hi - lo for lo, hi in pairwise(cu_k)]
         assert all(n > 0 for n in sizes_q + sizes_k), f"empty segment in {cu_q} x {cu_k}"
         if causal:
-            assert all(m >= n for n, m in zip(sizes_q, sizes_k)), f"fewer keys than queries in {cu_q} x {cu_k}"
+            assert all(m >= n for n, m in zip(sizes_q, sizes_k)), (
+                f"fewer keys than queries in {cu_q} x {cu_k}"
+            )
 
         return cls(
             cu_q=cu_q,
@@ -106,8 +108,8 @@ class Kernel(Protocol):
             softcap: logits become softcap * tanh(logits / softcap). None: off.
 
         Returns:
-            out (n_q, H, Dv): q's dtype or a wider one. lse (n_q, H): natural log of the sum of exp of the scaled,
-            capped logits; float32, float64 when q is float64.
+            out (n_q, H, Dv): q's dtype or a wider one. lse (n_q, H): natural log of the sum of exp of the
+            scaled, capped logits; float32, float64 when q is float64.
         """
         ...
 
@@ -129,8 +131,8 @@ class Kernel(Protocol):
 
         Args:
             dout: (n_q, H, Dv), gradient of the final out.
-            out, lse: the FINAL ones of these query rows, merged over all calls; P = exp(logits - lse) then sums to
-                less than 1 over this call's keys, which is what makes the sum of all calls' gradients exact.
+            out, lse: the FINAL ones of these query rows, merged over all calls; P = exp(logits - lse) then
+                sums to less than 1 over this call's keys, which makes the sum of all gradients exact.
 
         Returns:
             dq, dk, dv shaped like q, k, v; their dtype or a wider one.
@@ -158,6 +160,7 @@ def pick(
     Returns:
         The kernel and one sentence saying why. A named kernel that cannot do it raises UnsupportedAttention.
     """
+    # Here, not above: the kernels import this module.
     from sap_hf.kernels import reference, sdpa, varlen
 
     kernels: dict[str, Kernel] = {
@@ -170,7 +173,10 @@ def pick(
         raise UnsupportedAttention(
             f"kernel={name!r} does not exist.\n  Use one of: auto, {', '.join(sorted(kernels))}."
         )
-    del window  # every kernel has it; an argument so that one without it can be refused here
+    if window is not None and window < 1:
+        raise UnsupportedAttention(
+            f"window={window}: a query reads at least its own key.\n  Use a window of 1 or more, or None."
+        )
 
     def refusal(kernel: str) -> str | None:
         return _refusal(kernel, device_type, dtype, max(head_dim, value_dim), softcap)
@@ -194,6 +200,8 @@ def _refusal(
     kernel: str, device_type: str, dtype: torch.dtype, head_dim: int, softcap: float | None
 ) -> str | None:
     """Why this kernel cannot do what is asked; None when it can."""
+    from sap_hf.kernels import varlen
+
     if kernel == "reference":
         return None
     if kernel == "sdpa":
@@ -205,12 +213,10 @@ def _refusal(
 
     if device_type != "cuda":
         return f"it runs on CUDA only, the tensors are on {device_type}."
-    if kernel == "flash" and importlib.util.find_spec("flash_attn") is None:
-        return "the package flash_attn is not installed (pip install flash-attn)."
     if kernel == "varlen" and softcap is not None:
         return f"torch.nn.attention.varlen has no softcap, the model asks for {softcap}; flash-attn has it."
     if dtype not in HALF_DTYPES:
         return f"it computes in float16 or bfloat16 only, q is {dtype}; train with bf16=True (autocast)."
     if head_dim > FLASH_MAX_HEAD_DIM:
         return f"head_dim {head_dim} is over its {FLASH_MAX_HEAD_DIM}."
-    return None
+    return varlen.why_no_flash() if kernel == "flash" else varlen.why_no_varlen()

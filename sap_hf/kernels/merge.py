@@ -17,8 +17,8 @@ def merge(
 
     Args:
         out_a, out_b: (t, H, Dv); a half dtype is widened to lse's.
-        lse_a, lse_b: (t, H), float32 or float64, natural log. -inf means "attended to nothing"; allowed on either
-            side or both.
+        lse_a, lse_b: (t, H), float32 or float64, natural log. -inf means "attended to nothing"; allowed on
+            either side or both.
 
     Returns:
         out (t, H, Dv) and lse (t, H) in lse's dtype. Exact up to rounding; order does not matter.

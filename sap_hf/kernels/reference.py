@@ -1,6 +1,6 @@
 """Attention written out: scores, softmax, and the gradients by their formulas.
 
-q, k, v and Segments -> out, lse; any device, any float dtype (half types are computed in float32, float64 stays).
+q, k, v and Segments -> out, lse; any device, any float dtype (half types in float32, float64 stays).
 The truth that the other kernels are compared with, and the fallback for what they lack (softcap).
 """
 
@@ -95,7 +95,7 @@ def widen(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def chunks(
     segments: Segments, window: int | None, heads: int, device: torch.device
 ) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
-    """Cut the segments into (query rows, the key rows they may read, True where they do not); None: all are read."""
+    """Cut the segments into (query rows, key rows within their reach, True where not read or None)."""
     assert window is None or (segments.causal and window > 0), f"window {window} needs causal segments"
 
     for q_lo, q_hi, k_lo, k_hi in segments.bounds():
@@ -129,7 +129,7 @@ def _scores(
     return scores if mask is None else scores.masked_fill(mask, float("-inf"))
 
 
-# K, G = kv heads and query heads per kv head: a group's queries are one tall matrix, so K and V are never repeated.
+# K kv heads, each read by G query heads: a group's queries are one tall matrix; K and V are never repeated.
 
 
 def _group(x_nHD: torch.Tensor, kv_heads: int) -> torch.Tensor:

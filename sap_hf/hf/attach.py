@@ -1,0 +1,235 @@
+"""attach: the one line that makes a Trainer or SFTTrainer share every pack over cp_size ranks. detach undoes it.
+
+Nothing in transformers, accelerate or trl is subclassed or edited: the mesh is set on accelerate's state, the model is
+patched, and a handful of the trainer's own methods are replaced on the instance.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate.state import AcceleratorState
+
+from sap_hf.config import SapConfig
+from sap_hf.errors import ConfigError, LayoutError
+from sap_hf.hf import counting
+from sap_hf.hf.plugin import SapPlugin
+from sap_hf.hf.refuse import refuse_unsupported
+from sap_hf.models import Patch, patch_model, unpatch_model
+from sap_hf.models.families import attention_layers
+from sap_hf.runtime.group import ALONE, CpGroup, attach_group
+
+AnyTrainer = TypeVar("AnyTrainer")
+_MISSING = object()
+
+
+class Attachment:
+    """What attach changed on one trainer, and how to change it back."""
+
+    def __init__(self, trainer: Any, config: SapConfig, plugin: SapPlugin | None, before: tuple[Any, Any]):
+        self.config = config
+        self._mesh_before = before
+        self.group: CpGroup = plugin.group if plugin else ALONE
+        self._before: list[tuple[Any, str, Any]] = []
+        self.patch = self._patch(trainer.model)
+        self._give_losses_whole_batches(trainer)
+        if self.group.size > 1:
+            self._count_once(trainer)
+        self._replace(trainer, "_get_num_items_in_batch", counting.count_targets(trainer))
+        self._replace(trainer, "prediction_step", self._prediction_step(trainer))
+        if trainer.model_init is not None:
+            self._replace(trainer, "call_model_init", self._call_model_init(trainer))
+
+    def undo(self, trainer: Any) -> None:
+        """Give every attribute back, newest first."""
+        for owner, name, value in reversed(self._before):
+            if value is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+        unpatch_model(trainer.model)
+        state = AcceleratorState()
+        state.parallelism_config, state.device_mesh = self._mesh_before
+        attach_group(None)
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        self._before.append((owner, name, vars(owner).get(name, _MISSING)))
+        setattr(owner, name, value)
+
+    def _patch(self, model: Any) -> Patch:
+        return patch_model(model, self.config, group=self.group)
+
+    def _count_once(self, trainer: Any) -> None:
+        size, accelerator = self.group.size, trainer.accelerator
+        gather = counting.gather_once(trainer, size)
+        self._replace(accelerator, "gather_for_metrics", gather)
+        self._replace(
+            trainer,
+            "gather_function",
+            functools.partial(gather, use_gather_object=trainer.args.eval_use_gather_object),
+        )
+        self._replace(trainer, "_track_num_input_tokens", counting.track_tokens_once(trainer, size))
+        self._replace(trainer, "floating_point_ops", counting.count_flops_once(trainer, size))
+        self._replace(trainer, "evaluation_loop", self._evaluation_loop(trainer))
+        # A dispatcher would cut one process's batch for all the others.
+        self._replace(accelerator.dataloader_config, "dispatch_batches", False)
+        if hasattr(trainer, "_tp_size"):
+            # trl divides the tokens that it counts over processes by this.
+            self._replace(trainer, "_tp_size", trainer._tp_size * size)
+
+    def _give_losses_whole_batches(self, trainer: Any) -> None:
+        """Losses that are computed outside the model see the outputs of all ranks, and count once."""
+        for name in ("compute_loss_func", "label_smoother"):
+            function = getattr(trainer, name, None)
+            if function is not None:
+                self.patch.sharding.full_outputs = True
+                self._replace(trainer, name, counting.whole_batch_loss(function, self.group.size))
+
+    def _prediction_step(self, trainer: Any) -> Any:
+        """Put the outputs of all ranks together only when somebody will look at them."""
+        original = trainer.prediction_step
+
+        @functools.wraps(original)
+        def prediction_step(model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+            # trl derives its evaluation loss from per-token outputs, which are as small as the ids.
+            self.patch.sharding.eval_outputs = not prediction_loss_only or hasattr(trainer, "_metrics")
+            try:
+                return original(model, inputs, prediction_loss_only, *args, **kwargs)
+            finally:
+                self.patch.sharding.eval_outputs = True
+
+        return prediction_step
+
+    def _evaluation_loop(self, trainer: Any) -> Any:
+        """Evaluation before training must not cost training its DDP wrapper.
+
+        Trainer prepares the bare model for an evaluation; accelerate marks it as prepared, and a later train() would
+        then leave it unwrapped: no gradient would be averaged, on any number of processes.
+        """
+        original = trainer.evaluation_loop
+
+        @functools.wraps(original)
+        def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
+            model = trainer.model
+            prepared = getattr(model, "_is_accelerate_prepared", False)
+            result = original(*args, **kwargs)
+            if not prepared and not trainer.is_fsdp_enabled:
+                model._is_accelerate_prepared = False
+            return result
+
+        return evaluation_loop
+
+    def _call_model_init(self, trainer: Any) -> Any:
+        original = trainer.call_model_init
+
+        @functools.wraps(original)
+        def call_model_init(*args: Any, **kwargs: Any) -> Any:
+            model = original(*args, **kwargs)
+            full_outputs = self.patch.sharding.full_outputs
+            self.patch = self._patch(model)
+            self.patch.sharding.full_outputs = full_outputs
+            return model
+
+        return call_model_init
+
+
+_attachments: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
+
+
+def attach(trainer: AnyTrainer, config: SapConfig | str | Path | None = None, **options: Any) -> AnyTrainer:
+    """Make a built trainer share each row of its batches over cp_size ranks.
+
+    Call it once, after the trainer is built and before train() or evaluate(). Losses, gradients, evaluation and
+    counters are those of one process that runs every document alone.
+
+    Args:
+        trainer: a transformers.Trainer or trl.SFTTrainer, possibly a subclass that leaves compute_loss alone.
+        config: a SapConfig, the path of its YAML, or None.
+        options: fields of SapConfig that override those of config.
+
+    Returns:
+        The same trainer.
+
+    Raises:
+        SapError: an unknown option, a cp_size that does not divide the processes, a model or a trainer that cannot be
+            exact. Raised on every rank, before any communication; nothing has been changed then.
+    """
+    resolved = SapConfig.resolve(config, options)
+    known = _attachments.get(trainer)
+    if known is not None:
+        if known.config == resolved:
+            return trainer
+        detach(trainer)
+    any_trainer: Any = trainer
+    accelerator = getattr(any_trainer, "accelerator", None)
+    processes = 1 if accelerator is None else accelerator.num_processes
+    refuse_unsupported(any_trainer, 2 if resolved.cp_size is None and processes > 1 else resolved.cp_size or 1)
+    attention_layers(any_trainer.model)
+    state = AcceleratorState()
+    before = (state.parallelism_config, state.device_mesh)
+    plugin = _plugin(accelerator, resolved)
+    if plugin is not None:
+        state.parallelism_config = plugin
+        state.device_mesh = plugin.get_device_mesh(accelerator.device.type)
+    else:
+        attach_group(ALONE)
+    attachment = _attachments[trainer] = Attachment(any_trainer, resolved, plugin, before)
+    if accelerator.is_main_process:
+        print(_report(any_trainer, attachment), flush=True)
+    return trainer
+
+
+def detach(trainer: AnyTrainer) -> AnyTrainer:
+    """Undo attach: model, trainer and accelerate's state are as before. A trainer never attached stays as it is."""
+    attachment = _attachments.pop(trainer, None)
+    if attachment is not None:
+        attachment.undo(trainer)
+    return trainer
+
+
+def _plugin(accelerator: Any, config: SapConfig) -> SapPlugin | None:
+    """The plugin of this run: the one the user built, or a new one; None for a single process."""
+    existing = accelerator.parallelism_config
+    if isinstance(existing, SapPlugin):
+        if config.cp_size not in (None, existing.cp_size):
+            raise LayoutError(
+                f"cp_size={config.cp_size} was asked for, but the SapPlugin of this run has cp_size={existing.cp_size}."
+                "\n  Give cp_size in one place only."
+            )
+        return existing
+    if existing is not None and existing.total_size > 1:
+        raise ConfigError(
+            f"A {type(existing).__name__} of {existing.total_size} ranks is set already. Use sap_hf.SapPlugin in its "
+            "place, or leave parallelism_config out."
+        )
+    if accelerator.num_processes == 1:
+        if config.cp_size not in (None, 1):
+            raise LayoutError(
+                f"cp_size={config.cp_size} does not divide the 1 process of this run.\n"
+                f"  Start {config.cp_size} processes with accelerate launch, or use cp_size=1."
+            )
+        return None
+    plugin = SapPlugin(cp_size=config.cp_size)
+    plugin.resolve(accelerator.num_processes, accelerator.distributed_type == "FSDP")
+    return plugin
+
+
+def _report(trainer: Any, attachment: Attachment) -> str:
+    """Three lines: processes, tokens per optimizer step before and after, classes patched and how."""
+    processes, size = trainer.accelerator.num_processes, attachment.group.size
+    data_parallel = processes // size
+    after = counting.tokens_per_step(trainer, data_parallel)
+    lines = [f"sap_hf: {processes} processes = {data_parallel} data-parallel x {size} cp"]
+    if size > 1:
+        before = counting.tokens_per_step(trainer, processes)
+        lines.append(
+            f"sap_hf: per optimizer step {before} before, {after} now; gradient_accumulation_steps x {size} "
+            "(or cp_size=1) would keep the batch"
+        )
+    else:
+        lines.append(f"sap_hf: per optimizer step {after}")
+    lines.append(f"sap_hf: patched {attachment.patch}")
+    return "\n".join(lines)
