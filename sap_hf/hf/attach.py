@@ -93,7 +93,9 @@ class Attachment:
         original = trainer.prediction_step
 
         @functools.wraps(original)
-        def prediction_step(model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+        def prediction_step(
+            model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+        ) -> Any:
             # trl derives its evaluation loss from per-token outputs, which are as small as the ids.
             self.patch.sharding.eval_outputs = not prediction_loss_only or hasattr(trainer, "_metrics")
             try:
@@ -166,7 +168,9 @@ def attach(trainer: AnyTrainer, config: SapConfig | str | Path | None = None, **
     any_trainer: Any = trainer
     accelerator = getattr(any_trainer, "accelerator", None)
     processes = 1 if accelerator is None else accelerator.num_processes
-    refuse_unsupported(any_trainer, 2 if resolved.cp_size is None and processes > 1 else resolved.cp_size or 1)
+    refuse_unsupported(
+        any_trainer, 2 if resolved.cp_size is None and processes > 1 else resolved.cp_size or 1
+    )
     attention_layers(any_trainer.model)
     state = AcceleratorState()
     before = (state.parallelism_config, state.device_mesh)

@@ -57,7 +57,9 @@ def track_tokens_once(trainer: Any, cp_size: int) -> Callable[[Any], None]:
     def track(inputs: Any) -> None:
         before = trainer.state.num_input_tokens_seen
         original(inputs)
-        trainer.state.num_input_tokens_seen = before + (trainer.state.num_input_tokens_seen - before) // cp_size
+        trainer.state.num_input_tokens_seen = (
+            before + (trainer.state.num_input_tokens_seen - before) // cp_size
+        )
 
     return track
 
@@ -87,7 +89,9 @@ def _without_first_tokens(batch: Any) -> Any:
     if borders is not None and labels.shape[0] == 1:
         first = borders[:-1].long()
         if len(first) and int(first.max()) >= labels.shape[1]:
-            raise DocumentError(f"cu_seq_lens_q ends at {int(borders[-1])} but the row has {labels.shape[1]} tokens.")
+            raise DocumentError(
+                f"cu_seq_lens_q ends at {int(borders[-1])} but the row has {labels.shape[1]} tokens."
+            )
         return {**batch, "labels": labels.index_fill(1, first.to(labels.device), -100)}
     return batch
 
@@ -118,5 +122,6 @@ def _longest_row(dataset: Any) -> int:
     if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return 0
     rows = [dataset[i] for i in range(min(len(dataset), 64))]
-    return max((len(row["input_ids"]) for row in rows if isinstance(row, dict) and "input_ids" in row), default=0)
-
+    return max(
+        (len(row["input_ids"]) for row in rows if isinstance(row, dict) and "input_ids" in row), default=0
+    )

@@ -140,4 +140,3 @@ def _host_group(cp_size: int) -> dist.ProcessGroup:
             mine = group
     assert mine is not None
     return mine
-

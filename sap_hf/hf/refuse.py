@@ -29,11 +29,13 @@ def _refuse_class(trainer: Any) -> None:
         from_trl = base.__module__.startswith("trl.") and base.__name__.endswith("Trainer")
         if from_trl and base.__name__ not in ("SFTTrainer", "_BaseTrainer", "BaseTrainer"):
             raise UnsupportedTrainer(
-                f"{name}: trl's {base.__name__} computes its loss from whole sequences, and would be given one shard of "
-                "each.\n  Exact here: transformers.Trainer and trl.SFTTrainer."
+                f"{name}: trl's {base.__name__} computes its loss from whole sequences, and would be given one shard "
+                "of each.\n  Exact here: transformers.Trainer and trl.SFTTrainer."
             )
         if base.__name__ == "Seq2SeqTrainer":
-            raise UnsupportedTrainer(f"{name}: encoder-decoder models are not causal; Seq2SeqTrainer is not supported.")
+            raise UnsupportedTrainer(
+                f"{name}: encoder-decoder models are not causal; Seq2SeqTrainer is not supported."
+            )
     owner = next(base for base in type(trainer).__mro__ if "compute_loss" in vars(base))
     if owner is not Trainer and not owner.__module__.startswith("trl."):
         raise UnsupportedTrainer(
@@ -55,9 +57,13 @@ def _refuse_arguments(trainer: Any) -> None:
             f"{args.n_gpu} GPUs are visible to one process. Start one process per GPU with accelerate launch."
         )
     if getattr(args, "torch_compile", False):
-        raise UnsupportedTrainer("torch_compile=True is not supported: plans change from batch to batch. Set it to False.")
+        raise UnsupportedTrainer(
+            "torch_compile=True is not supported: plans change from batch to batch. Set it to False."
+        )
     if getattr(args, "use_liger_kernel", False) and not _is_sft(trainer):
-        raise UnsupportedTrainer("use_liger_kernel=True replaces the model's forward and its loss. Set it to False.")
+        raise UnsupportedTrainer(
+            "use_liger_kernel=True replaces the model's forward and its loss. Set it to False."
+        )
     if getattr(args, "activation_offloading", False):
         raise UnsupportedTrainer("activation_offloading=True was never shown to be exact. Set it to False.")
 
@@ -79,4 +85,6 @@ def _refuse_data_order(trainer: Any) -> None:
 
 
 def _is_sft(trainer: Any) -> bool:
-    return any(base.__name__ == "SFTTrainer" and base.__module__.startswith("trl.") for base in type(trainer).__mro__)
+    return any(
+        base.__name__ == "SFTTrainer" and base.__module__.startswith("trl.") for base in type(trainer).__mro__
+    )

@@ -20,7 +20,15 @@ from sap_hf.planning.documents import Int64
 # Arguments that only describe documents, in the terms of other attention kernels.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 # Arguments with one entry per token, which are cut to this rank's rows.
-PER_TOKEN = ("input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", "attention_mask", *BOUNDARIES)
+PER_TOKEN = (
+    "input_ids",
+    "inputs_embeds",
+    "labels",
+    "shift_labels",
+    "position_ids",
+    "attention_mask",
+    *BOUNDARIES,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,7 +112,12 @@ def read(inputs: dict[str, Any]) -> Batch:
     main = inputs["inputs_embeds"] if main is None else main
     shape = (main.shape[0], main.shape[1])
     for name, value in inputs.items():
-        if name not in PER_TOKEN and isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[:2] == shape:
+        if (
+            name not in PER_TOKEN
+            and isinstance(value, torch.Tensor)
+            and value.dim() >= 2
+            and value.shape[:2] == shape
+        ):
             raise UnsupportedAttention(
                 f"The input {name!r} {tuple(value.shape)} has one entry per token; it cannot be split with the pack.\n"
                 "  Leave it out of the batch."

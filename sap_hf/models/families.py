@@ -53,7 +53,9 @@ def attention_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         if reason:
             raise UnsupportedAttention(f"{config.model_type}: {name} ({type(layer).__name__}) {reason}")
     if not layers:
-        raise UnsupportedAttention(f"{config.model_type}: {type(model).__name__} has no attention layer to patch.")
+        raise UnsupportedAttention(
+            f"{config.model_type}: {type(model).__name__} has no attention layer to patch."
+        )
     return layers
 
 

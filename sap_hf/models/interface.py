@@ -91,7 +91,9 @@ def sap_attention(
     if attention_mask is not None or kwargs.get("position_bias") is not None:
         raise UnsupportedAttention(f"{name} passes a mask or a position bias; a sharded pack has neither.")
     if dropout:
-        raise UnsupportedAttention(f"{name} has attention dropout {dropout}; set config.attention_dropout = 0.0.")
+        raise UnsupportedAttention(
+            f"{name} has attention dropout {dropout}; set config.attention_dropout = 0.0."
+        )
     sap_shard.seen.add(id(module))
     out = attention(
         query[0].transpose(0, 1),

@@ -78,7 +78,9 @@ def patch_model(
         raise UnsupportedAttention(
             f"{base.config.model_type}: {type(base).__name__} refused the attention implementation {NAME!r}."
         )
-    configs = list({id(module.config): module.config for module in base.modules() if hasattr(module, "config")}.values())
+    configs = list(
+        {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}.values()
+    )
     for each in configs:
         originals[id(each)] = original
     patch = Patch(

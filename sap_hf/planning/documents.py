@@ -62,7 +62,8 @@ class Documents:
         if steps.min() < 1:
             at = int(steps.argmin())
             raise DocumentError(
-                f"cu_seqlens must rise: entry {at + 1} is {borders[at + 1]} after {borders[at]}. Leave out empty documents."
+                f"cu_seqlens must rise: entry {at + 1} is {borders[at + 1]} after {borders[at]}. "
+                "Leave out empty documents."
             )
         if rows is not None and borders[-1] != rows:
             raise DocumentError(

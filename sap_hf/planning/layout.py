@@ -50,7 +50,7 @@ def zigzag(rows: int, cp_size: int) -> Layout:
     share = -(-rows // cp_size)
     sizes = np.repeat([(share + 1) // 2, share // 2], cp_size)
     edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-    segments = []
+    segments: list[list[int]] = []
     for rank in range(cp_size):
         for chunk in (rank, 2 * cp_size - 1 - rank):
             start, stop = int(edges[chunk]), int(edges[chunk + 1])

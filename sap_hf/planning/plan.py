@@ -83,7 +83,7 @@ class Plan:
     @functools.cached_property
     def pairs(self) -> Int64:
         """(W,) int64 query-key pairs on each rank, heads ignored, over the layers in `windows`."""
-        return sum(  # type: ignore[return-value]
+        return sum(
             (count * self.schedule(window).pairs(self.cp_size) for window, count in self.windows.items()),
             np.zeros(self.cp_size, np.int64),
         )

@@ -233,8 +233,8 @@ def _runs(transfers: Int64, rank: int, local_of: Int64, cp_size: int) -> tuple[M
         slots = np.cumsum(rows) - rows
         own = _local(local_of, incoming[:, SOURCE], incoming[:, START])
         mine = incoming[:, SOURCE] == rank
-        for message in _merge(incoming[mine, SOURCE], own[mine], slots[mine], rows[mine]):
-            sends.append(Message(peer, message.start, message.stop))
+        runs = _merge(incoming[mine, SOURCE], own[mine], slots[mine], rows[mine])
+        sends += [dataclasses.replace(run, peer=peer) for run in runs]
     return tuple(sends)
 
 
@@ -265,7 +265,8 @@ def _local(local_of: Int64, owner: Int64, start: Int64) -> Int64:
 def _spans(start: Int64, sizes: Int64) -> Int64:
     """Concatenation of [start, start + size) over all ranges."""
     before = np.cumsum(sizes) - sizes
-    return np.arange(int(sizes.sum())) + np.repeat(start - before, sizes)
+    index: Int64 = np.arange(int(sizes.sum())) + np.repeat(start - before, sizes)
+    return index
 
 
 def _lookup(held: Int64, start: Int64, stop: Int64) -> tuple[Int64, Int64]:

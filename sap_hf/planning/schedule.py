@@ -76,24 +76,29 @@ class Schedule:
 def tile_pairs(tiles: Int64, window: int | None) -> Int64:
     """(m,) query-key pairs of each tile."""
     _, q_start, q_stop, k_start, k_stop = tiles.T
+    queries = q_stop - q_start
     # Row q sees the keys [max(k_start, q - window + 1), min(k_stop, q + 1)).
-    pairs = _sum_of_clipped(q_start + 1, q_stop + 1, k_stop, np.minimum)
+    last = _sum_of_min(q_start + 1, q_stop + 1, k_stop)
     if window is None:
-        return pairs - (q_stop - q_start) * k_start
-    return pairs - _sum_of_clipped(q_start - window + 1, q_stop - window + 1, k_start, np.maximum)
+        first = queries * k_start
+    else:
+        low, high = q_start - window + 1, q_stop - window + 1
+        # max(x, y) = x + y - min(x, y)
+        first = _sum_of_range(low, high) + queries * k_start - _sum_of_min(low, high, k_start)
+    pairs: Int64 = last - first
+    return pairs
 
 
-def _sum_of_clipped(first: Int64, end: Int64, limit: Int64, side: np.ufunc) -> Int64:
-    """Sum of side(x, limit) over x in [first, end)."""
+def _sum_of_min(first: Int64, end: Int64, limit: Int64) -> Int64:
+    """Sum of min(x, limit) over x in [first, end)."""
     turn = np.clip(limit, first, end)
-    below, above = _sum_of_range(first, turn), _sum_of_range(turn, end)
-    if side is np.minimum:
-        return below + (end - turn) * limit
-    return (turn - first) * limit + above
+    return _sum_of_range(first, turn) + (end - turn) * limit
 
 
 def _sum_of_range(first: Int64, end: Int64) -> Int64:
-    return (first + end - 1) * (end - first) // 2
+    """Sum of x over [first, end)."""
+    total: Int64 = (first + end - 1) * (end - first) // 2
+    return total
 
 
 def reverse(transfers: Int64) -> Int64:

@@ -67,7 +67,7 @@ def attention(
         remote_kv: refetch | keep, in the backward receive remote K/V again or hold it since the forward.
 
     Returns:
-        out (C, H, Dv) in q's dtype (under autocast: the autocast dtype). Padding rows are 0, and so are their gradients.
+        out (C, H, Dv) in q's dtype (under autocast: the autocast dtype). Padding rows and their gradients are 0.
 
     Raises:
         TensorError: shapes, dtypes or devices that the plan cannot use.

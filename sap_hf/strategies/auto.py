@@ -53,11 +53,12 @@ def plan(
         LayoutError: cp_size below 1.
         ConfigError: a strategy, layout, window or preset that does not exist.
     """
-    if (lengths is None) == (cu_seqlens is None):
+    if lengths is not None and cu_seqlens is None:
+        documents = Documents.from_lengths(lengths)
+    elif cu_seqlens is not None and lengths is None:
+        documents = Documents.from_cu_seqlens(cu_seqlens)
+    else:
         raise DocumentError("Give either lengths or cu_seqlens: exactly one of them describes the pack.")
-    documents = (
-        Documents.from_lengths(lengths) if lengths is not None else Documents.from_cu_seqlens(cu_seqlens)
-    )  # type: ignore[arg-type]
     if ulysses_size not in (1, "auto"):
         raise ConfigError(f"ulysses_size={ulysses_size}: this version does not exchange heads. Use 1.")
     windows = dict(window) if isinstance(window, Mapping) else {window: 1}

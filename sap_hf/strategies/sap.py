@@ -59,11 +59,9 @@ def _window_tiles(documents: Documents, mine: Pieces, window: int) -> tuple[Int6
     previous_stop = np.where(first, document_start, np.roll(mine.stop, 1))
     needed = np.stack([mine.rank, np.maximum(previous_stop, reach), mine.start], axis=1)
     # A window may reach over the rank's previous piece into the gap before that one.
-    extra = [needed[needed[:, 2] > needed[:, 1]]]
     behind = np.flatnonzero(~first & (reach < np.roll(mine.start, 1)))
-    for i in behind:
-        extra.append(_holes(mine, int(i), int(reach[i])))
-    needed = _disjoint(np.concatenate(extra))
+    further = [_holes(mine, int(i), int(reach[i])) for i in behind]
+    needed = _disjoint(np.concatenate([needed[needed[:, 2] > needed[:, 1]], *further]))
     return local[mine.stop > head], remote[head > mine.start], needed
 
 
