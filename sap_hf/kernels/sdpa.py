@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import pad
@@ -128,9 +129,19 @@ class Sdpa:
         return dq[..., :head_dim], dk[..., :head_dim], dv[..., :value_dim]
 
 
-# Every layer and the backward of one batch come with the same Segments, so its tiles and masks are made once.
-@lru_cache(maxsize=64)
-def _tiles(segments: Segments, window: int | None, dtype: torch.dtype) -> tuple[Tile, ...]:
+# Every layer and the backward of one batch come with the same Segments, so its tiles and masks are made once;
+# they go when it goes.
+_tiles_of: WeakKeyDictionary[Segments, dict[tuple[int | None, torch.dtype], list[Tile]]] = WeakKeyDictionary()
+
+
+def _tiles(segments: Segments, window: int | None, dtype: torch.dtype) -> list[Tile]:
+    known = _tiles_of.setdefault(segments, {})
+    if (window, dtype) not in known:
+        known[window, dtype] = _cut(segments, window, dtype)
+    return known[window, dtype]
+
+
+def _cut(segments: Segments, window: int | None, dtype: torch.dtype) -> list[Tile]:
     assert window is None or (segments.causal and window > 0), f"window {window} needs causal segments"
 
     tiles: list[Tile] = []
@@ -151,7 +162,7 @@ def _tiles(segments: Segments, window: int | None, dtype: torch.dtype) -> tuple[
             tiles += _segment_tiles(*bounds[first], segments.causal, window, dtype)
         first = end
 
-    return tuple(tiles)
+    return tiles
 
 
 def _group_tile(

@@ -11,6 +11,7 @@ import dataclasses
 
 import numpy as np
 
+from sap_hf.errors import LayoutError
 from sap_hf.planning.documents import Documents, Int64
 
 
@@ -32,10 +33,15 @@ class Layout:
     segments: Int64
 
     def rows(self, rank: int) -> Int64:
-        """(C,) ids of the rows that `rank` holds, in its order; ids at or beyond T are padding."""
-        return np.concatenate(
-            [np.arange(start, stop) for _, start, stop in self.segments[self.segments[:, 0] == rank]]
-        )
+        """(C,) ids of the rows that `rank` holds, in its order; ids at or beyond T are padding.
+
+        Raises:
+            LayoutError: no such rank.
+        """
+        if not 0 <= rank < self.cp_size:
+            raise LayoutError(f"rank {rank}: the ranks of this layout are 0 to {self.cp_size - 1}.")
+        mine = self.segments[self.segments[:, 0] == rank]
+        return np.concatenate([np.arange(start, stop) for _, start, stop in mine])
 
 
 def contiguous(rows: int, cp_size: int) -> Layout:

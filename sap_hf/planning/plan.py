@@ -26,7 +26,7 @@ class Plan:
     """How `cp_size` ranks attend to one pack together.
 
     Attributes:
-        documents, layout: the pack and who holds which rows.
+        documents, placement: the pack and who holds which rows.
         strategy: what "auto" chose, or what was asked for.
         planner: (documents, layout, window) -> Schedule.
         windows: {window: number of layers}; None is full attention.
@@ -36,7 +36,7 @@ class Plan:
     """
 
     documents: Documents
-    layout: Layout
+    placement: Layout
     strategy: str
     planner: Planner
     windows: Mapping[Window, int]
@@ -49,25 +49,30 @@ class Plan:
     derived: dict[object, object] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
+    def layout(self) -> str:
+        """The layout's name: what "auto" chose, or what was asked for."""
+        return self.placement.name
+
+    @property
     def cp_size(self) -> int:
         """Ranks that share the pack."""
-        return self.layout.cp_size
+        return self.placement.cp_size
 
     @property
     def rows_per_rank(self) -> int:
         """C: rows that each rank holds, padding included."""
-        return self.layout.rows_per_rank
+        return self.placement.rows_per_rank
 
     def rows(self, rank: int) -> Int64:
         """(C,) int64 ids of the pack rows that `rank` holds, in its order; ids at or beyond T are padding."""
-        return self.layout.rows(rank)
+        return self.placement.rows(rank)
 
     def schedule(self, window: Window = None) -> Schedule:
         """The schedule of layers with this window; derived once."""
         if window is not None and window >= int(self.documents.lengths.max()):
             window = None
         if window not in self._schedules:
-            self._schedules[window] = self.planner(self.documents, self.layout, window)
+            self._schedules[window] = self.planner(self.documents, self.placement, window)
         return self._schedules[window]
 
     @property
@@ -97,8 +102,8 @@ class Plan:
     @property
     def lower_bound_rows(self) -> int:
         """Rows that must move in all: for the contiguous layout its own bound, else one that no placement beats."""
-        if self.layout.name == "contiguous":
-            return _contiguous_bound(self.documents, self.layout, self.widest.window)
+        if self.layout == "contiguous":
+            return _contiguous_bound(self.documents, self.placement, self.widest.window)
         return _placement_bound(self.documents.lengths, self.rows_per_rank, self.widest.window)
 
     @property
@@ -125,7 +130,7 @@ class Plan:
         state = hashlib.blake2b(digest_size=8)
         state.update(f"{self.strategy} {self.delivery} {self.ulysses_size} {self.cp_size}".encode())
         state.update(self.documents.cu_seqlens.astype("<i8").tobytes())
-        state.update(self.layout.segments.astype("<i8").tobytes())
+        state.update(self.placement.segments.astype("<i8").tobytes())
         for window in sorted(self.windows, key=lambda w: -1 if w is None else w):
             state.update(f"window {window}".encode())
             for step in self.schedule(window).steps:

@@ -151,7 +151,7 @@ class Program:
 def compile_program(plan: Plan, rank: int, window: Window = None) -> Program:
     """The program of `rank` for layers with this window."""
     schedule = plan.schedule(window)
-    pieces = cut(plan.documents, plan.layout)
+    pieces = cut(plan.documents, plan.placement)
     mine = pieces.rank == rank
     held = np.stack([pieces.start[mine], pieces.stop[mine], pieces.local[mine]], axis=1)
     local_of = np.zeros(plan.cp_size, dtype=object)

@@ -21,7 +21,7 @@ def picture(plan: Plan) -> str:
     scale = plan.rows_per_rank / shown
     lines = [
         f"{_count(len(documents), 'document')}, {_count(documents.rows, 'row')}, {_count(plan.cp_size, 'rank')}: "
-        f"{plan.strategy} on {plan.layout.name}"
+        f"{plan.strategy} on {plan.layout}"
         + (f" (one column is about {scale:.3g} rows)" if scale > 1 else "")
     ]
     width = len(str(plan.cp_size - 1))
@@ -58,7 +58,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     """The plan's figures under the names of its attributes, ready for JSON."""
     return {
         "strategy": plan.strategy,
-        "layout": plan.layout.name,
+        "layout": plan.layout,
         "delivery": plan.delivery,
         "ulysses_size": plan.ulysses_size,
         "cp_size": plan.cp_size,

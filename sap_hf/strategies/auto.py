@@ -50,7 +50,7 @@ def plan(
 
     Raises:
         DocumentError: lengths or cu_seqlens that do not describe whole documents, or both given.
-        LayoutError: cp_size below 1.
+        LayoutError: cp_size below 1, or heads that are not a multiple of the kv heads.
         ConfigError: a strategy, layout, window or preset that does not exist.
     """
     if lengths is not None and cu_seqlens is None:
@@ -61,6 +61,8 @@ def plan(
         raise DocumentError("Give either lengths or cu_seqlens: exactly one of them describes the pack.")
     if ulysses_size not in (1, "auto"):
         raise ConfigError(f"ulysses_size={ulysses_size}: this version does not exchange heads. Use 1.")
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        raise LayoutError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}.")
     windows = dict(window) if isinstance(window, Mapping) else {window: 1}
     shape = Shape(num_heads, num_kv_heads, head_dim, bytes_per_element)
     return make_plan(documents, cp_size, strategy, layout, windows, "auto", shape, find_hardware(hardware))
@@ -92,7 +94,7 @@ def make_plan(
     plans = [
         Plan(
             documents=documents,
-            layout=MAKERS[name](documents.rows, cp_size),
+            placement=MAKERS[name](documents.rows, cp_size),
             strategy=chosen,
             planner=PLANNERS[chosen],
             windows=windows,
