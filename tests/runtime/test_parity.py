@@ -1,0 +1,169 @@
+"""sap_hf.attention over real processes gives what each document gives alone: out and all gradients."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import sap_hf
+
+from tests.dist import run_ranks
+from tests.runtime.parity import Case, inputs, judge, right_answer, run_case, run_cases
+
+# float64 end to end: what is left is the order of summation.
+FLOAT64 = 1e-10
+
+WORLDS = (1, 2, 3, 4)
+STRATEGIES = ("sap", "all_gather")
+LAYOUTS = ("contiguous", "zigzag")
+HEADS = ((9, 3), (8, 2), (4, 1), (4, 4))
+
+PACKS = (
+    (24,),  # one document as long as the pack
+    (1,) * 9,  # one-token documents
+    (2,),  # on four ranks, two of them hold nothing but padding
+    (5, 3, 8, 1, 6),  # 23 rows: divides by nothing
+    (1, 17, 1, 1, 4),
+    (7, 7, 7),
+    (3, 14, 2, 9, 1, 1, 6, 12),
+    (11, 1),
+)
+FEATURES = (
+    {},
+    {"options": (("window", 1),)},
+    {"options": (("window", 4),)},
+    {"options": (("softcap", 1.5),)},
+    {"sinks": True},
+    {"value_dim": 5, "options": (("softmax_scale", 0.4),)},
+    {
+        "sinks": True,
+        "value_dim": 12,
+        "options": (("window", 3), ("softcap", 2.0), ("softmax_scale", 0.5)),
+    },
+)
+COMBINATIONS = [(strategy, layout, heads) for strategy in STRATEGIES for layout in LAYOUTS for heads in HEADS]
+# 8 packs and 7 features have no common divisor: 14 cases meet every pack and, twice, every feature, and the
+# combinations start at different places, so that together they meet every pair.
+CASES_EACH = 14
+
+
+def cases_of(combination):
+    strategy, layout, (heads, kv_heads) = combination
+    start = COMBINATIONS.index(combination) * CASES_EACH
+    return [
+        Case(
+            lengths=PACKS[number % len(PACKS)],
+            strategy=strategy,
+            layout=layout,
+            heads=heads,
+            kv_heads=kv_heads,
+            seed=number,
+            **FEATURES[number % len(FEATURES)],
+        )
+        for number in range(start, start + CASES_EACH)
+    ]
+
+
+@functools.cache
+def answers(world):
+    """All cases of a world in one set of processes: by case, the answers of its ranks."""
+    cases = [case for combination in COMBINATIONS for case in cases_of(combination)]
+    by_rank = run_ranks(run_cases, world, cases, poison=True, timeout=150)
+    return dict(zip(cases, zip(*by_rank)))
+
+
+def test_the_cases_meet_every_pack_with_every_feature():
+    cases = {case for combination in COMBINATIONS for case in cases_of(combination)}
+    met = {(case.lengths, case.options, case.sinks, case.value_dim) for case in cases}
+    assert len(met) == len(PACKS) * len(FEATURES)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"heads{heads[0]}over{heads[1]}")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: f"W{world}")
+def test_out_and_gradients_match_documents_run_alone(world, strategy, layout, heads):
+    for case in cases_of((strategy, layout, heads)):
+        judge(case, world, answers(world)[case], FLOAT64)
+
+
+SETTINGS = [(remote_kv, delivery) for remote_kv in ("refetch", "keep") for delivery in ("p2p", "all_to_all")]
+
+
+def cases_with(remote_kv, delivery):
+    return [
+        Case(
+            lengths=lengths,
+            strategy=strategy,
+            layout=layout,
+            remote_kv=remote_kv,
+            delivery=delivery,
+            sinks=True,
+            value_dim=6,
+            heads_first=window is not None,
+            options=(("window", window),) if window else (),
+        )
+        for strategy in STRATEGIES
+        for layout in LAYOUTS
+        for lengths in ((5, 3, 8, 1, 6), (24,), (2,), (7, 7, 7))
+        for window in (None, 3)
+    ]
+
+
+@functools.cache
+def answers_by_setting(world):
+    cases = [case for settings in SETTINGS for case in cases_with(*settings)]
+    by_rank = run_ranks(run_cases, world, cases, poison=True, timeout=60)
+    return dict(zip(cases, zip(*by_rank)))
+
+
+@pytest.mark.parametrize("remote_kv, delivery", SETTINGS)
+def test_remote_kv_and_delivery_do_not_change_the_answer(remote_kv, delivery):
+    for case in cases_with(remote_kv, delivery):
+        judge(case, 3, answers_by_setting(3)[case], FLOAT64)
+
+
+# Two cp groups in a world of four, neither in the order nor at the place of the world's first ranks.
+GROUPS = ((2, 0), (1, 3))
+GROUP_CASES = [Case(lengths=(5, 3, 8, 1, 6), layout="zigzag"), Case(lengths=(9, 4, 2), strategy="all_gather")]
+
+
+def in_groups(rank, world):
+    made = [dist.new_group(list(ranks), sort_ranks=False) for ranks in GROUPS]
+    mine = next(number for number, ranks in enumerate(GROUPS) if rank in ranks)
+    return run_case(dist.get_rank(made[mine]), 2, GROUP_CASES[mine], group=made[mine])
+
+
+def test_a_group_that_is_part_of_the_world_answers_for_itself():
+    answers = run_ranks(in_groups, 4, poison=True)
+    for ranks, case in zip(GROUPS, GROUP_CASES):
+        judge(case, 2, [answers[rank] for rank in ranks], FLOAT64)
+
+
+FROZEN = Case(lengths=(5, 3, 8, 1, 6), layout="zigzag")
+
+
+def partly_frozen(rank, world):
+    given, plan = inputs(FROZEN, world), FROZEN.plan(world)
+    rows = torch.from_numpy(plan.rows(rank))
+    results = {"rows": rows}
+    for name in "qkv":
+        tensors = {each: getattr(given, each)[rows].requires_grad_(each == name) for each in "qkv"}
+        out = sap_hf.attention(tensors["q"], tensors["k"], tensors["v"], plan)
+        out.backward(given.dout[rows])
+        results[name] = tensors[name].grad
+    with torch.no_grad():
+        results["out"] = sap_hf.attention(*(getattr(given, each)[rows] for each in "qkv"), plan)
+    return results
+
+
+def test_one_of_q_k_v_may_need_a_gradient_alone_and_evaluation_needs_none():
+    answers = run_ranks(partly_frozen, 3, poison=True)
+    right = right_answer(FROZEN, 3)
+    for answer in answers:
+        real = answer["rows"] < sum(FROZEN.lengths)
+        assert not answer["out"].requires_grad
+        for name, expected in (("q", "dq"), ("k", "dk"), ("v", "dv"), ("out", "out")):
+            found, wanted = answer[name][real], right[expected][answer["rows"][real]]
+            assert (found - wanted).abs().max() <= FLOAT64, name
