@@ -18,6 +18,7 @@ def refuse_unsupported(trainer: Any, cp_size: int) -> None:
     if not isinstance(trainer, Trainer):
         raise UnsupportedTrainer(f"{type(trainer).__name__} is not a transformers.Trainer; attach needs one.")
     _refuse_class(trainer)
+    _refuse_model(trainer.model)
     _refuse_arguments(trainer)
     if cp_size > 1:
         _refuse_data_order(trainer)
@@ -41,6 +42,15 @@ def _refuse_class(trainer: Any) -> None:
         raise UnsupportedTrainer(
             f"{owner.__name__}.compute_loss is overridden: it would see this rank's rows of the batch, not the batch.\n"
             "  Pass the loss as compute_loss_func, which is given the whole batch's outputs and labels."
+        )
+
+
+def _refuse_model(model: Any) -> None:
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and getattr(config, "is_prompt_learning", False):
+        raise UnsupportedTrainer(
+            f"{type(config).__name__} puts virtual tokens before every row, which a pack has no place for.\n"
+            "  Use LoRA, or another adapter that leaves the rows alone."
         )
 
 

@@ -8,6 +8,7 @@ final out and lse and sends dK/dV straight to their owners.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -20,6 +21,9 @@ from sap_hf.planning import Plan
 from sap_hf.runtime import transport
 from sap_hf.runtime.device_program import DeviceProgram, load
 from sap_hf.runtime.group import resolve, warm
+
+# The answer is the same for every layer and batch; looking for installed kernels is not free.
+_pick = functools.cache(pick)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +89,7 @@ def attention(
     process_group, rank = resolve(group, plan.cp_size)
     if process_group is not None and plan.cp_size > 1:
         warm(process_group, q.device)
-    chosen, _ = pick(
+    chosen, _ = _pick(
         kernel,
         device_type=q.device.type,
         dtype=q.dtype,

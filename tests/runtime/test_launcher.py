@@ -72,7 +72,7 @@ def test_a_rank_that_dies_silently_is_named():
 
 def test_a_timeout_shows_where_each_rank_stood():
     with pytest.raises(RankError, match=r"(?s)2 of 2 ranks.*rank 1 stood here.*one_sleeps"):
-        run_ranks(one_sleeps, 2, timeout=4)
+        run_ranks(one_sleeps, 2, timeout=6)
 
 
 def test_a_function_may_initialise_the_group_itself():

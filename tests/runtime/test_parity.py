@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 import sap_hf
-
 from tests.dist import run_ranks
 from tests.runtime.parity import Case, inputs, judge, right_answer, run_case, run_cases
 
