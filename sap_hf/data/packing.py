@@ -60,7 +60,8 @@ def pack(
         each document, so that no document predicts the next one's), concatenated; `seq_lengths`, the
         documents' lengths; `position_ids`, which restart at 0 with each document. The boundaries are there
         twice because each trainer drops one: Trainer removes columns that the model does not take (a pack
-        would become one document), SFTTrainer removes position_ids.
+        would become one document), SFTTrainer removes position_ids. Give either trainer a
+        DataCollatorForPacking, and SFTTrainer max_length=None too, or it cuts the packs.
 
     Raises:
         DataError: documents that are too long, padded, or not lists of token ids.
@@ -263,8 +264,7 @@ def pieces(lengths: Ints, max_length: int, too_long: str) -> tuple[Ints, Ints, I
     if len(over):
         found = (
             f"{len(over)} of {len(lengths)} documents {'is' if len(over) == 1 else 'are'} longer than "
-            f"max_length={max_length}; "
-            f"the longest has {lengths.max()} tokens"
+            f"max_length={max_length}; the longest has {lengths.max()} tokens"
         )
         if too_long == "error":
             raise DataError(

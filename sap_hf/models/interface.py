@@ -21,6 +21,7 @@ from sap_hf.config import SapConfig
 from sap_hf.errors import UnsupportedAttention
 from sap_hf.planning import Plan
 from sap_hf.runtime import attention
+from sap_hf.runtime.attention import Kept
 from sap_hf.runtime.group import CpGroup
 
 # No "flash" and no "/" in it: both would change what transformers does with the name.
@@ -36,11 +37,13 @@ class Shard:
     Attributes:
         plan: how the ranks of `group` attend to this pack.
         seen: ids of the layers that came through here in this forward.
+        kept: per layer, out and lse between a checkpointed forward and its recompute; None without checkpointing.
     """
 
     plan: Plan
     group: CpGroup
     config: SapConfig
+    kept: dict[int, Kept] | None = None
     seen: set[int] = dataclasses.field(default_factory=set)
 
 
@@ -107,6 +110,7 @@ def sap_attention(
         sinks=s_aux,
         kernel=sap_shard.config.kernel,
         remote_kv=sap_shard.config.remote_kv,
+        kept=None if sap_shard.kept is None else sap_shard.kept.setdefault(id(module), Kept()),
     )
     return out.unsqueeze(0), None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sap_hf.config import SapConfig
 from sap_hf.errors import SapError, UnsupportedAttention
@@ -48,6 +49,9 @@ class Sharding:
         self._batch: Batch | None = None
         self._counts_given = False
         self._all_layers_seen = False
+        self._blocks: list[Any] = [
+            block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)
+        ]
         self._plans = functools.lru_cache(maxsize=PLANS_KEPT)(self._plan)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
@@ -78,7 +82,8 @@ class Sharding:
         inputs["position_ids"] = cut.of_pack(torch.from_numpy(batch.positions()).to(main.device), 0)
         self._shard_labels(inputs, batch, cut)
         inputs["use_cache"] = False
-        state.shard = inputs[KEYWORD] = Shard(plan, self.group, self.config)
+        recomputed = module.training and any(block.gradient_checkpointing for block in self._blocks)
+        state.shard = inputs[KEYWORD] = Shard(plan, self.group, self.config, {} if recomputed else None)
         self._batch, self.last_plan = batch, plan
         return (), inputs
 

@@ -46,7 +46,7 @@ class Plan:
     ulysses_size: int = 1
     _schedules: dict[Window, Schedule] = dataclasses.field(default_factory=dict, repr=False)
     # What the runtime derives from a plan (compiled programs, device tensors) lives as long as the plan.
-    derived: dict[object, object] = dataclasses.field(default_factory=dict, repr=False)
+    derived: dict[object, object] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
     def layout(self) -> str:

@@ -26,6 +26,13 @@ from sap_hf.runtime.group import resolve, warm
 _pick = functools.cache(pick)
 
 
+@dataclasses.dataclass(eq=False)
+class Kept:
+    """out and lse of one checkpointed layer, between its forward and its recompute."""
+
+    tensors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
     """What one attention layer needs beside its tensors."""
@@ -36,6 +43,7 @@ class Layer:
     scale: float
     softcap: float | None
     keep_remote_kv: bool
+    kept: Kept | None
 
     @property
     def kernel_options(self) -> dict[str, Any]:
@@ -55,6 +63,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     kernel: str = "auto",
     remote_kv: str = "refetch",
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """Causal attention inside every document of a pack that the ranks of `group` share.
 
@@ -69,6 +78,8 @@ def attention(
         sinks: (H,) one logit per head that takes part in the softmax and has no value.
         kernel: auto | reference | sdpa | varlen | flash.
         remote_kv: refetch | keep, in the backward receive remote K/V again or hold it since the forward.
+        kept: for a layer under gradient checkpointing, where its out and lse wait for the recompute: the forward
+            leaves them there, the recompute takes them instead of communicating and computing again.
 
     Returns:
         out (C, H, Dv) in q's dtype (under autocast: the autocast dtype). Padding rows and their gradients are 0.
@@ -105,6 +116,7 @@ def attention(
         scale=1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
         softcap=softcap,
         keep_remote_kv=remote_kv == "keep",
+        kept=kept,
     )
     out: torch.Tensor = _Attention.apply(q, k, v, sinks, layer)  # type: ignore[no-untyped-call]
     return out
@@ -115,14 +127,20 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, layer: Layer
     ) -> torch.Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse, buffer = _forward(q, k, v, layer)
-            if sinks is not None:
-                # A sink is one more part with out = 0: merging it only shrinks what is there.
-                with_sink = torch.logaddexp(lse, sinks.to(lse.dtype))
-                out *= torch.exp(lse - with_sink).unsqueeze(-1)
-                lse = with_sink
-            out = out.to(q.dtype)
+        kept, buffer = layer.kept, None
+        if kept is not None and kept.tensors is not None:
+            (out, lse), kept.tensors = kept.tensors, None
+        else:
+            with torch.autocast(q.device.type, enabled=False):
+                out, lse, buffer = _forward(q, k, v, layer)
+                if sinks is not None:
+                    # A sink is one more part with out = 0: merging it only shrinks what is there.
+                    with_sink = torch.logaddexp(lse, sinks.to(lse.dtype))
+                    out *= torch.exp(lse - with_sink).unsqueeze(-1)
+                    lse = with_sink
+                out = out.to(q.dtype)
+            if kept is not None:
+                kept.tensors = (out.detach(), lse)
         keep = layer.keep_remote_kv and layer.loaded.program.exchanges
         ctx.save_for_backward(q, k, v, out, lse, sinks, buffer if keep else None)
         ctx.layer = layer

@@ -57,36 +57,9 @@ def _window_tiles(documents: Documents, mine: Pieces, window: int) -> tuple[Int6
     local = np.stack([mine.rank, head, mine.stop, mine.start, mine.stop], axis=1)
     remote = np.stack([mine.rank, mine.start, head, reach, head], axis=1)
     previous_stop = np.where(first, document_start, np.roll(mine.stop, 1))
+    # What lies before the rank's previous piece, that piece has asked for already: its window reached further back.
     needed = np.stack([mine.rank, np.maximum(previous_stop, reach), mine.start], axis=1)
-    # A window may reach over the rank's previous piece into the gap before that one.
-    behind = np.flatnonzero(~first & (reach < np.roll(mine.start, 1)))
-    further = [_holes(mine, int(i), int(reach[i])) for i in behind]
-    needed = _disjoint(np.concatenate([needed[needed[:, 2] > needed[:, 1]], *further]))
-    return local[mine.stop > head], remote[head > mine.start], needed
-
-
-def _holes(mine: Pieces, i: int, reach: int) -> Int64:
-    """Ranges of [reach, previous piece) that piece i's rank does not hold."""
-    holes, j = [], i - 1
-    while True:
-        same = j > 0 and mine.rank[j - 1] == mine.rank[i] and mine.document[j - 1] == mine.document[i]
-        low = max(reach, int(mine.stop[j - 1])) if same else reach
-        if low < mine.start[j]:
-            holes.append((int(mine.rank[i]), low, int(mine.start[j])))
-        if not same or mine.start[j - 1] <= reach:
-            return np.array(holes, np.int64).reshape(-1, 3)
-        j -= 1
-
-
-def _disjoint(ranges: Int64) -> Int64:
-    """The same rows per rank, as sorted ranges that do not overlap."""
-    merged: list[list[int]] = []
-    for rank, start, stop in ranges[np.lexsort((ranges[:, 1], ranges[:, 0]))].tolist():
-        if merged and merged[-1][0] == rank and start <= merged[-1][2]:
-            merged[-1][2] = max(merged[-1][2], stop)
-        else:
-            merged.append([rank, start, stop])
-    return np.array(merged, np.int64).reshape(-1, 3)
+    return local[mine.stop > head], remote[head > mine.start], needed[needed[:, 2] > needed[:, 1]]
 
 
 def _groups(mine: Pieces) -> tuple[Int64, Int64]:

@@ -10,8 +10,17 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-from trl import pack_dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sap_hf.data import DataCollatorForPacking, pack
@@ -101,16 +110,40 @@ def test_loss_masks_become_labels_unless_there_are_labels() -> None:
     assert collate([labelled])["labels"].tolist() == [[-100, 2, 3, 4]]
 
 
+def tiny_model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=64
+        )
+    )
+
+
+def packs_of_one_row() -> Dataset:
+    return pack([document(length, 10 * length, True) for length in (3, 5, 4)], 12)
+
+
 def test_packs_keep_their_boundaries_through_trainer(tmp_path: Any) -> None:
     # Trainer removes the columns that forward() does not name, and seq_lengths is one of them.
-    packs = pack([document(length, 10 * length, True) for length in (3, 5, 4)], 12)
-    config = LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=64
-    )
+    packs = packs_of_one_row()
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
-    trainer = Trainer(LlamaForCausalLM(config), arguments, data_collator=collate, train_dataset=packs)
+    trainer = Trainer(tiny_model(), arguments, data_collator=collate, train_dataset=packs)
+    assert_same(next(iter(trainer.get_train_dataloader())), collate(list(packs)))
+
+
+@pytest.mark.parametrize("collator", [collate, None], ids=["our collator", "trl's padding-free collator"])
+def test_packs_keep_their_boundaries_through_sft_trainer(tmp_path: Any, collator: Any) -> None:
+    packs = packs_of_one_row()
+    # max_length would cut the packs; padding_free is what trl's own collator takes the boundaries for.
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, max_length=None, padding_free=collator is None
+    )
+    words = Tokenizer(WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+    trainer = SFTTrainer(
+        tiny_model(), arguments, data_collator=collator, train_dataset=packs, processing_class=tokenizer
+    )
     batch = next(iter(trainer.get_train_dataloader()))
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    assert_same({name: batch[name] for name in NAMES}, collate(list(packs)))
 
 
 ROW = {"input_ids": [1, 2, 3, 4]}

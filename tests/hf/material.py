@@ -159,9 +159,12 @@ def flat(steps: list[list[list[list[list[Document]]]]]) -> list[list[list[list[D
 
 def fresh_state() -> None:
     """Forget accelerate's process-wide choices: the next trainer of this process starts like a new script."""
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
 
     AcceleratorState._reset_state(reset_partial_state=False)
+    if PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     GradientState._reset_state()
 
 

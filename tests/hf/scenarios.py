@@ -122,7 +122,8 @@ def parity(folder: str, case: Case) -> dict[str, Any]:
         force_fsdp2(trainer)
     sap_hf.attach(trainer, cp_size=case.cp_size, **case.options)
     result: dict[str, Any] = {}
-    if case.evaluates:
+    # Plain Trainer cannot evaluate before training under FSDP2 either: accelerate wants an optimizer there.
+    if case.evaluates and not case.fsdp2:
         result["before"] = trainer.evaluate()["eval_loss"]
     output = trainer.train()
     result["losses"] = material.logged(trainer, "loss")
@@ -151,8 +152,8 @@ def force_fsdp2(trainer: Any) -> None:
     )
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = plugin
-    # PartialState shares it; a trainer built later in this process must start from MULTI_CPU again.
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    # accelerate does the same: every AcceleratorState() copies PartialState's fields over its own.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
     assert trainer.accelerator.is_fsdp2
 

@@ -17,7 +17,7 @@ from tests.hf import material, oracle, vocabulary
 from tests.hf.scenarios import Case, build, refused
 from tests.hf.together import Together
 
-GOOD = Case()
+GOOD = Case(packs=(material.PACKS[0], material.PACKS[2], material.PACKS[4]))
 PADDED = Case(
     packs=[(9, 5), (12, 7), (8, 8)],
     collator="right padded",
@@ -210,6 +210,7 @@ def dpo(folder: str) -> Any:
     rows = [{"prompt": "ba be", "chosen": " bi bo", "rejected": " bu da"}] * 4
     trainer = DPOTrainer(
         material.tiny_llama(vocab_size=vocabulary.SIZE),
+        ref_model=material.tiny_llama(vocab_size=vocabulary.SIZE),
         args=DPOConfig(output_dir=folder, use_cpu=True, report_to=[], bf16=False, max_length=16),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=vocabulary.tokenizer(),

@@ -114,7 +114,7 @@ def together(plan, window):
 
 def hold(lengths, cp_size, strategy, layout, delivery, window):
     plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, strategy=strategy, layout=layout, window=window)
-    plan = dataclasses.replace(plan, delivery=delivery, derived={})
+    plan = dataclasses.replace(plan, delivery=delivery)
     everyone, attended = together(plan, window)
     np.testing.assert_array_equal(attended, oracles.mask(lengths, window).astype(np.int64))
     for rank, program in enumerate(everyone.programs):

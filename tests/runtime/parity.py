@@ -52,7 +52,7 @@ class Case:
         )
         # The public function leaves delivery to the config.
         return (
-            plan if self.delivery == "auto" else dataclasses.replace(plan, delivery=self.delivery, derived={})
+            plan if self.delivery == "auto" else dataclasses.replace(plan, delivery=self.delivery)
         )
 
 

@@ -93,7 +93,7 @@ def train_once(rank, way, strategy, layout, delivery, remote_kv):
     inputs, loss = [], 0.0
     for lengths in PACKS:
         plan = sap_hf.plan(lengths=list(lengths), cp_size=WORLD, strategy=strategy, layout=layout)
-        plan = dataclasses.replace(plan, delivery=delivery, derived={})
+        plan = dataclasses.replace(plan, delivery=delivery)
         rows = torch.from_numpy(plan.rows(rank))
         x, dout = tokens(lengths)[:, rows]
         # Padding counts for nothing in a loss; elsewhere it is garbage.

@@ -49,7 +49,8 @@ def test_only_listed_markers_may_skip(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--continue-on-collection-errors"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "2 failed, 1 passed, 2 skipped, 1 xfailed, 1 error" in done.stdout
+    # A skipif mark is met while a test is set up: pytest calls a failure there an error.
+    assert "1 failed, 1 passed, 2 skipped, 1 xfailed, 2 errors" in done.stdout
     assert "FAILED test_each.py::test_skipped -" in done.stdout
-    assert "FAILED test_each.py::test_skipped_by_mark -" in done.stdout
+    assert "ERROR test_each.py::test_skipped_by_mark -" in done.stdout
     assert "for no good reason" in done.stdout and "a whole module was skipped" in done.stdout
