@@ -226,7 +226,9 @@ def _report(trainer: Any, attachment: Attachment) -> str:
     processes, size = trainer.accelerator.num_processes, attachment.group.size
     data_parallel = processes // size
     after = counting.tokens_per_step(trainer, data_parallel)
-    lines = [f"sap_hf: {processes} processes = {data_parallel} data-parallel x {size} cp"]
+    lines = [
+        f"sap_hf: {processes} process{'' if processes == 1 else 'es'} = {data_parallel} data-parallel x {size} cp"
+    ]
     if size > 1:
         before = counting.tokens_per_step(trainer, processes)
         lines.append(

@@ -114,7 +114,9 @@ def tokens_per_step(trainer: Any, data_parallel: int) -> str:
     args = trainer.args
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * data_parallel
     longest = _longest_row(trainer.train_dataset)
-    return f"{rows:,} rows" + (f" (at most {rows * longest:,} tokens)" if longest else "")
+    return f"{rows:,} row{'' if rows == 1 else 's'}" + (
+        f" (at most {rows * longest:,} tokens)" if longest else ""
+    )
 
 
 def _longest_row(dataset: Any) -> int:

@@ -20,6 +20,7 @@ def refuse_unsupported(trainer: Any, cp_size: int) -> None:
     _refuse_class(trainer)
     _refuse_model(trainer.model)
     _refuse_arguments(trainer)
+    _refuse_lost_boundaries(trainer)
     if cp_size > 1:
         _refuse_data_order(trainer)
 
@@ -76,6 +77,20 @@ def _refuse_arguments(trainer: Any) -> None:
         )
     if getattr(args, "activation_offloading", False):
         raise UnsupportedTrainer("activation_offloading=True was never shown to be exact. Set it to False.")
+
+
+def _refuse_lost_boundaries(trainer: Any) -> None:
+    """trl's collator forgets where documents end unless it flattens the batch or adds positions."""
+    collator = trainer.data_collator
+    keeps = getattr(collator, "padding_free", True) or getattr(collator, "return_position_ids", True)
+    for name in ("train_dataset", "eval_dataset"):
+        columns = getattr(getattr(trainer, name), "column_names", None) or ()
+        if "seq_lengths" in columns and not keeps:
+            raise UnsupportedTrainer(
+                f"{name} holds packs (it has the column seq_lengths), but {type(collator).__name__} drops their document "
+                "boundaries: every pack would train as one document.\n"
+                "  Set padding_free=True (or packing=True) in SFTConfig, or use sap_hf.DataCollatorForPacking."
+            )
 
 
 def _refuse_data_order(trainer: Any) -> None:

@@ -141,7 +141,8 @@ class _Attention(torch.autograd.Function):
                 out = out.to(q.dtype)
             if kept is not None:
                 kept.tensors = (out.detach(), lse)
-        keep = layer.keep_remote_kv and layer.loaded.program.exchanges
+        # Under checkpointing the recompute has no buffer to keep: it must save what the forward saved.
+        keep = layer.keep_remote_kv and kept is None and len(layer.loaded.program.exchanges) > 0
         ctx.save_for_backward(q, k, v, out, lse, sinks, buffer if keep else None)
         ctx.layer = layer
         return out

@@ -249,7 +249,7 @@ def test_attach_prints_what_it_did_once(on_2: Together) -> None:
     main, other = on_2["printed"]
     assert "LlamaAttention x2: via interface" in main
     assert "2 processes" in main and "1 data-parallel" in main
-    assert "per optimizer step" in main and "60 tokens" in main and "120 tokens" in main
+    assert "per optimizer step" in main and "62 tokens" in main and "124 tokens" in main
     assert "LlamaAttention" not in other, "the second rank repeats it"
 
 
