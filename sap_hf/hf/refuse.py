@@ -87,7 +87,7 @@ def _refuse_lost_boundaries(trainer: Any) -> None:
         columns = getattr(getattr(trainer, name), "column_names", None) or ()
         if "seq_lengths" in columns and not keeps:
             raise UnsupportedTrainer(
-                f"{name} holds packs (it has the column seq_lengths), but {type(collator).__name__} drops their document "
+                f"{name} holds packs (it has the column seq_lengths), but {type(collator).__name__} drops their "
                 "boundaries: every pack would train as one document.\n"
                 "  Set padding_free=True (or packing=True) in SFTConfig, or use sap_hf.DataCollatorForPacking."
             )

@@ -110,6 +110,8 @@ def read(inputs: dict[str, Any]) -> Batch:
     """
     main = inputs.get("input_ids")
     main = inputs["inputs_embeds"] if main is None else main
+    if main.dim() < 2:
+        raise DocumentError(f"input_ids has shape {tuple(main.shape)}: (rows, tokens) is needed.")
     shape = (main.shape[0], main.shape[1])
     for name, value in inputs.items():
         if (
