@@ -28,8 +28,12 @@ class Case:
     stream: bool = False
     ignored: tuple[int, int] | None = None
     """Rows of every pack whose labels are all -100."""
+    ignored_pack: int | None = None
+    """A pack without any target."""
     model_init: bool = False
     fsdp2: bool = False
+    replicate: int | None = None
+    """dp_replicate_size of a SapPlugin in the training arguments, which then also carries cp_size."""
     evaluates: bool = False
 
     @property
@@ -49,6 +53,9 @@ class Case:
                 labels[first:last] = IGNORED
                 parts = labels.split([len(document.ids) for document in row])
                 row[:] = [Document(document.ids, part) for document, part in zip(row, parts)]
+        if self.ignored_pack is not None:
+            empty = [Document(d.ids, torch.full_like(d.labels, IGNORED)) for d in rows[self.ignored_pack]]
+            rows[self.ignored_pack] = empty
         return rows
 
     def items(self) -> list[dict[str, Any]]:
@@ -100,8 +107,13 @@ def build(case: Case, folder: str, **changes: Any) -> Any:
     from transformers import Trainer
 
     items: Any = case.items()
+    args = dict(case.args)
+    if case.replicate is not None:
+        import sap_hf
+
+        args["parallelism_config"] = sap_hf.SapPlugin(cp_size=case.cp_size, dp_replicate_size=case.replicate)
     options: dict[str, Any] = {
-        "args": material.arguments(folder, **case.args),
+        "args": material.arguments(folder, **args),
         "train_dataset": material.Stream(items) if case.stream else items,
         "eval_dataset": items if case.evaluates else None,
         "data_collator": case.collate(),
@@ -135,6 +147,28 @@ def parity(folder: str, case: Case) -> dict[str, Any]:
     result["steps"] = trainer.state.global_step
     result["tokens_seen"] = trainer.state.num_input_tokens_seen
     return result
+
+
+def shuffled(folder: str, case: Case) -> dict[str, Any]:
+    """Train in the order that Trainer shuffles the packs into; bring back which packs this rank was given."""
+    import sap_hf
+
+    places = {tuple(item["input_ids"].tolist()): at for at, item in enumerate(case.items())}
+    order: list[int] = []
+
+    def collate(features: list[Any]) -> dict[str, Any]:
+        order.extend(places[tuple(feature["input_ids"].tolist())] for feature in features)
+        return material.stack(features)
+
+    random_order = dataclasses.replace(case, args={**case.args, "train_sampling_strategy": "random"})
+    trainer = build(random_order, folder, data_collator=collate)
+    sap_hf.attach(trainer, cp_size=case.cp_size)
+    trainer.train()
+    return {
+        "order": order,
+        "losses": material.logged(trainer, "loss"),
+        "parameters": material.parameters(trainer.model),
+    }
 
 
 def force_fsdp2(trainer: Any) -> None:

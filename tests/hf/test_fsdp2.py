@@ -29,6 +29,7 @@ CASES = {
     },
     4: {
         "dp_shard-2-cp-2": Case(fsdp2=True, groups=2),
+        "dp_replicate-2-cp-2": Case(fsdp2=True, groups=2, replicate=2),
         "dp_shard-2-cp-2-accumulation": Case(fsdp2=True, groups=2, args={"gradient_accumulation_steps": 2}),
     },
 }

@@ -85,7 +85,7 @@ class Bad:
     error: str
     words: tuple[str, ...]
     """One of these must be in the message."""
-    only_rank: int | None = None
+    only: tuple[int, ...] | None = None
 
 
 BAD = {
@@ -95,14 +95,14 @@ BAD = {
     "positions-that-jump": Bad(GOOD, positions_that_jump, "DocumentError", ("position_ids",)),
     "boundaries-that-end-early": Bad(GOOD, boundaries_that_end_early, "DocumentError", ("cu_seq",)),
     "boundaries-beyond-the-row": Bad(GOOD, boundaries_beyond_the_row, "DocumentError", ("cu_seq",)),
-    "other-tokens": Bad(GOOD, other_tokens, "BatchMismatch", ("batch",), 1),
-    "other-labels": Bad(GOOD, other_labels, "BatchMismatch", ("batch",), 1),
-    "other-documents": Bad(GOOD, other_documents, "BatchMismatch", ("batch",), 0),
-    "other-length": Bad(GOOD, other_length, "BatchMismatch", ("batch",), 1),
-    "left-padding-on-one-rank": Bad(PADDED, left_padded, "", ("left", "padding"), 1),
-    "mask-with-holes-on-one-rank": Bad(PADDED, mask_with_holes, "", ("attention_mask",), 0),
-    "positions-that-jump-on-one-rank": Bad(GOOD, positions_that_jump, "", ("position_ids",), 1),
-    "boundaries-that-end-early-on-one-rank": Bad(GOOD, boundaries_that_end_early, "", ("cu_seq",), 1),
+    "other-tokens": Bad(GOOD, other_tokens, "BatchMismatch", ("batch",), (1,)),
+    "other-labels": Bad(GOOD, other_labels, "BatchMismatch", ("batch",), (1,)),
+    "other-documents": Bad(GOOD, other_documents, "BatchMismatch", ("batch",), (0,)),
+    "other-length": Bad(GOOD, other_length, "BatchMismatch", ("batch",), (1,)),
+    "left-padding-on-one-rank": Bad(PADDED, left_padded, "", ("left", "padding"), (1,)),
+    "mask-with-holes-on-one-rank": Bad(PADDED, mask_with_holes, "", ("attention_mask",), (0,)),
+    "positions-that-jump-on-one-rank": Bad(GOOD, positions_that_jump, "", ("position_ids",), (1,)),
+    "boundaries-that-end-early-on-one-rank": Bad(GOOD, boundaries_that_end_early, "", ("cu_seq",), (1,)),
 }
 
 
@@ -118,7 +118,7 @@ def bad_batch(folder: str, bad: Bad) -> Any:
     def spoiled(features: list[Any]) -> Batch:
         calls.append(1)
         batch = collate(features)
-        mine = bad.only_rank is None or bad.only_rank == dist.get_rank()
+        mine = bad.only is None or dist.get_rank() in bad.only
         return bad.spoil(batch) if mine and len(calls) > 1 else batch
 
     trainer.data_collator = spoiled
@@ -161,6 +161,17 @@ def bypassing_model(folder: str, family: str) -> Any:
     }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **tiny))
     trainer = build(GOOD, folder, model=model)
+    return refused(lambda: sap_hf.attach(trainer, cp_size=2))
+
+
+def data_order(folder: str, option: str) -> Any:
+    """Options that give every process other rows of the batch than its peers."""
+    import sap_hf
+
+    args: dict[str, Any] = {"accelerator_config": {option: True}}
+    if option == "batch_rebalance":
+        args = {"train_sampling_strategy": option}
+    trainer = build(dataclasses.replace(GOOD, args=args), folder)
     return refused(lambda: sap_hf.attach(trainer, cp_size=2))
 
 
@@ -218,11 +229,13 @@ def dpo(folder: str) -> Any:
     return refused(lambda: sap_hf.attach(trainer, cp_size=2))
 
 
+DATA_ORDER = ("dispatch_batches", "split_batches", "batch_rebalance")
 SCENARIOS: dict[str, Any] = {
     "too-many-ranks": (too_many_ranks, {}),
     "unknown-key": (unknown_key, {}),
     "falcon": (bypassing_model, {"family": "falcon"}),
     "bloom": (bypassing_model, {"family": "bloom"}),
+    **{option: (data_order, {"option": option}) for option in DATA_ORDER},
     "own-compute-loss": (own_compute_loss, {}),
     "own-loss-function": (own_loss_function, {}),
     "dpo": (dpo, {}),
@@ -233,6 +246,20 @@ SCENARIOS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def on_2(tmp_path_factory: pytest.TempPathFactory) -> Together:
     return Together(tmp_path_factory.mktemp("refusals"), 2, SCENARIOS)
+
+
+@pytest.fixture(scope="module")
+def on_4(tmp_path_factory: pytest.TempPathFactory) -> Together:
+    """Two groups of two ranks; only the second group's batch is bad."""
+    bad = Bad(dataclasses.replace(GOOD, packs=material.PACKS, groups=2), positions_that_jump, "", (), (2, 3))
+    return Together(tmp_path_factory.mktemp("two-groups"), 4, {"one-group": (bad_batch, {"bad": bad})}, 60)
+
+
+def test_bad_batch_of_one_group_is_an_error_in_every_group(on_4: Together) -> None:
+    for result in on_4["one-group"]:
+        assert result["error"] is not None
+        assert result["error"][0] in ("DocumentError", "BatchMismatch")
+        assert "position_ids" in result["error"][1]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -249,11 +276,11 @@ def test_bad_batch_is_an_error_on_every_rank(on_2: Together, name: str) -> None:
         assert "unexpected" not in message.lower()
     # The rank with the bad batch says what is bad; the others learn that a peer refused.
     said = [result["error"] for result in results]
-    guilty = said if bad.only_rank is None else [said[bad.only_rank]]
+    guilty = said if bad.only is None else [said[rank] for rank in bad.only]
     for _, message in guilty:
         assert any(word in message for word in bad.words), message
-    if bad.only_rank is not None:
-        assert said[1 - bad.only_rank][0] == "BatchMismatch"
+    if bad.only is not None:
+        assert said[1 - bad.only[0]][0] == "BatchMismatch"
 
 
 def test_cp_size_that_does_not_divide_shows_the_arithmetic(on_2: Together) -> None:
@@ -279,6 +306,14 @@ def test_model_that_bypasses_the_interface_is_refused_by_name(
         assert error is not None
         assert error[0] == "UnsupportedAttention"
         assert family in error[1] and attention in error[1]
+
+
+@pytest.mark.parametrize("option", DATA_ORDER)
+def test_option_that_splits_batches_by_process_is_refused_by_name(on_2: Together, option: str) -> None:
+    for error in on_2[option]:
+        assert error is not None
+        assert error[0] == "UnsupportedTrainer"
+        assert option in error[1]
 
 
 def test_overridden_compute_loss_is_refused_by_name(on_2: Together) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.hf import material, oracle
-from tests.hf.scenarios import Case, parity
+from tests.hf.scenarios import Case, parity, shuffled
 from tests.hf.together import Together
 
 PADDED = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
@@ -54,6 +54,8 @@ ON_2_RANKS = {
     ),
     "second-rank-ignored": Case(packs=EQUAL, ignored=(12, 24), options={"layout": "contiguous"}),
     "first-rank-ignored": Case(packs=EQUAL, ignored=(0, 12), options={"layout": "contiguous"}),
+    "a-pack-without-targets": Case(ignored_pack=3, args={"gradient_accumulation_steps": 2}),
+    "no-sharing-two-groups": Case(cp_size=1, groups=2),
     "stream-not-dispatched": Case(
         stream=True,
         args={"max_steps": len(material.PACKS), "accelerator_config": {"dispatch_batches": False}},
@@ -101,6 +103,12 @@ ON_4_RANKS = {
     "cp-4": Case(cp_size=4, evaluates=True),
 }
 
+# In the order that a user gets without asking for one: every epoch shuffled anew.
+SHUFFLED = {
+    2: Case(args={"num_train_epochs": 2}),
+    4: Case(groups=2, args={"num_train_epochs": 2}),
+}
+
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Together]:
@@ -108,9 +116,10 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Together]
     started = {}
     for world, cases in ((2, ON_2_RANKS), (3, ON_3_RANKS), (4, ON_4_RANKS)):
         folder = tmp_path_factory.mktemp(f"ranks-{world}")
-        started[world] = Together(
-            folder, world, {name: (parity, {"case": case}) for name, case in cases.items()}
-        )
+        scenarios: dict[str, Any] = {name: (parity, {"case": case}) for name, case in cases.items()}
+        if world in SHUFFLED:
+            scenarios["shuffled"] = (shuffled, {"case": SHUFFLED[world]})
+        started[world] = Together(folder, world, scenarios)
     return started
 
 
@@ -160,3 +169,23 @@ def test_ranks_hold_bitwise_equal_parameters(on_ranks: Mapping[int, Together]) -
             assert all(
                 (first["parameters"][key] == other["parameters"][key]).all() for key in first["parameters"]
             )
+
+
+@pytest.mark.parametrize("world", SHUFFLED)
+def test_shuffled_packs_are_the_same_within_a_group_and_trained_once(
+    on_ranks: Mapping[int, Together], world: int
+) -> None:
+    case, results = SHUFFLED[world], on_ranks[world]["shuffled"]
+    orders = [result["order"] for result in results]
+    groups = orders[::2]
+    assert orders == [order for order in groups for _ in range(2)], "ranks of a cp group saw other packs"
+    rounds = list(zip(*groups, strict=True))
+    half = len(rounds) // 2
+    epochs = [[pack for packs in part for pack in packs] for part in (rounds[:half], rounds[half:])]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(len(case.packs)))] * 2
+    assert epochs[0] != epochs[1]
+    rows = case.rows()
+    run = oracle.train(case.model(), [[[rows[at] for at in packs]] for packs in rounds], case.recipe())
+    for result in results:
+        assert oracle.worst(result["losses"], run.losses) < material.EXACT
+        assert oracle.worst(result["parameters"], run.parameters) < material.EXACT

@@ -51,9 +51,7 @@ class Case:
             head_dim=self.head_dim,
         )
         # The public function leaves delivery to the config.
-        return (
-            plan if self.delivery == "auto" else dataclasses.replace(plan, delivery=self.delivery)
-        )
+        return plan if self.delivery == "auto" else dataclasses.replace(plan, delivery=self.delivery)
 
 
 @dataclasses.dataclass

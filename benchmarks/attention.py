@@ -1,0 +1,130 @@
+"""Time one attention layer, forward and backward, for several plans of the same packs, in one run.
+
+    torchrun --nproc-per-node 4 benchmarks/attention.py --rows 4096 --workload short --out result.json
+
+Any launcher that sets RANK and WORLD_SIZE will do, an emulated cluster too. Every plan runs on the same data; after a
+warm-up the plans take turns, so that a busy machine disturbs them alike, and the median is kept. On CPUs the backend
+is gloo and the dtype float32; with CUDA, NCCL and bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import sap_hf
+from sap_hf.planning.workloads import pack
+
+PLANS = (("sap", "contiguous"), ("sap", "zigzag"), ("all_gather", "contiguous"), ("all_gather", "zigzag"))
+HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
+
+
+def main() -> None:
+    """Run all plans in turn and print a table; rank 0 writes JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--workload", default="short")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--note", default="", help="how the machine was set up, e.g. the emulated cluster's limits"
+    )
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    torch.set_num_threads(1)
+    lengths = pack(options.workload, options.rows, np.random.default_rng(options.seed))
+    plans = {
+        f"{strategy} {layout}": sap_hf.plan(
+            lengths,
+            cp_size=world,
+            strategy=strategy,
+            layout=layout,
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+        )
+        for strategy, layout in PLANS
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in plans}
+    for turn in range(options.turns + 1):
+        for name, plan in plans.items():
+            spent = once(plan, device, torch.bfloat16 if cuda else torch.float32)
+            if turn:
+                seconds[name].append(spent)
+    if rank == 0:
+        report(
+            options,
+            lengths,
+            plans,
+            {name: statistics.median(values) for name, values in seconds.items()},
+            world,
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def once(plan: sap_hf.Plan, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of one forward and backward, until the slowest rank is done."""
+    rows = plan.rows_per_rank
+    q, k, v = (
+        torch.randn(rows, heads, HEAD_DIM, device=device, dtype=dtype, requires_grad=True)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    dist.barrier()
+    started = time.perf_counter()
+    sap_hf.attention(q, k, v, plan).sum().backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+    return time.perf_counter() - started
+
+
+def report(options: argparse.Namespace, lengths: np.ndarray, plans: dict, seconds: dict, world: int) -> None:
+    """Print the table and write it with where it came from."""
+    fastest = min(seconds.values())
+    print(f"{options.workload}: {len(lengths)} documents, {options.rows} rows, {world} ranks")
+    for name, plan in plans.items():
+        share = plan.rows_moved.sum() / plan.all_gather_rows
+        print(
+            f"  {name:<22} {seconds[name] * 1e3:8.1f} ms  {seconds[name] / fastest:5.2f} x fastest  "
+            f"rows moved {share:6.1%}  imbalance {plan.imbalance:.2f}"
+        )
+    if options.out:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+        record = {
+            "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+            "note": options.note,
+            "commit": commit,
+            "command": " ".join(sys.argv),
+            "workload": options.workload,
+            "rows": options.rows,
+            "ranks": world,
+            "seconds": seconds,
+            "share_of_all_gather": {
+                n: float(p.rows_moved.sum() / p.all_gather_rows) for n, p in plans.items()
+            },
+        }
+        with options.out.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
