@@ -13,11 +13,14 @@ from typing import Any
 import torch
 
 from sap_hf.errors import UnsupportedAttention
+from sap_hf.models.table import TABLE
 
 # model_type of the text config.
 EXACT_FAMILIES = (
+    "codegen",
     "gemma2",
     "gemma3_text",
+    "gptj",
     "granite",
     "llama",
     "mistral",
@@ -85,14 +88,16 @@ def _is_attention(module: torch.nn.Module) -> bool:
 
 def _why_not(layer: torch.nn.Module) -> str | None:
     """Why this layer cannot be exact, or None."""
-    if not honours_interface(layer):
+    if not honours_interface(layer) and type(layer).__name__ not in TABLE:
         return "bypasses transformers' attention interface and is not in the patch table."
     if getattr(layer, "is_causal", True) is not True:
         return "attends in both directions; packs are split for causal attention only."
     dropout = getattr(layer, "attention_dropout", 0.0)
+    if isinstance(getattr(layer, "attn_dropout", None), torch.nn.Dropout):
+        dropout = layer.attn_dropout.p
     if isinstance(dropout, float) and dropout > 0:
         return (
             f"has attention_dropout={dropout}, whose random mask cannot be shared by ranks.\n"
-            "  Set config.attention_dropout = 0.0."
+            "  Set the config's attention dropout to 0.0."
         )
     return None

@@ -36,6 +36,7 @@ class Shard:
 
     Attributes:
         plan: how the ranks of `group` attend to this pack.
+        layers: ids of the attention layers of the model that is running.
         seen: ids of the layers that came through here in this forward.
         kept: per layer, out and lse between a checkpointed forward and its recompute; None without checkpointing.
     """
@@ -43,6 +44,7 @@ class Shard:
     plan: Plan
     group: CpGroup
     config: SapConfig
+    layers: frozenset[int] = frozenset()
     kept: dict[int, Kept] | None = None
     seen: set[int] = dataclasses.field(default_factory=set)
 
@@ -97,22 +99,39 @@ def sap_attention(
         raise UnsupportedAttention(
             f"{name} has attention dropout {dropout}; set config.attention_dropout = 0.0."
         )
-    sap_shard.seen.add(id(module))
+    return share_attention(
+        module, sap_shard, query, key, value, scaling, sliding_window, softcap, s_aux
+    ), None
+
+
+def share_attention(
+    module: torch.nn.Module,
+    shard: Shard,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one layer over the ranks of the shard's group: (1, H, C, D) each -> (1, C, H, D)."""
+    shard.seen.add(id(module))
     out = attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        sap_shard.plan,
-        group=sap_shard.group.device,
+        shard.plan,
+        group=shard.group.device,
         softmax_scale=scaling,
         window=sliding_window,
         softcap=softcap,
-        sinks=s_aux,
-        kernel=sap_shard.config.kernel,
-        remote_kv=sap_shard.config.remote_kv,
-        kept=None if sap_shard.kept is None else sap_shard.kept.setdefault(id(module), Kept()),
+        sinks=sinks,
+        kernel=shard.config.kernel,
+        remote_kv=shard.config.remote_kv,
+        kept=None if shard.kept is None else shard.kept.setdefault(id(module), Kept()),
     )
-    return out.unsqueeze(0), None
+    return out.unsqueeze(0)
 
 
 def sap_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from sap_hf.errors import UnsupportedAttention
 from sap_hf.models.families import attention_layers
 from sap_hf.models.interface import NAME, originals, register
 from sap_hf.models.sharding import Sharding
+from sap_hf.models.table import TABLE, install, uninstall
 from sap_hf.runtime.group import CpGroup, attached, world
 
 
@@ -24,18 +25,24 @@ class Patch:
 
     Attributes:
         classes: {attention class: number of layers}.
+        table: those of them that are patched at class level; the others go through the interface.
         sharding: the hooks that cut batches and put outputs together.
         original: the attention implementation before.
     """
 
-    classes: dict[str, int]
+    classes: dict[type, int]
+    table: list[type]
     sharding: Sharding
     configs: list[Any]
     original: str
-    use_cache: Any
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} x{count}: via interface" for name, count in self.classes.items())
+        return ", ".join(
+            f"{cls.__name__} x{count}: via {self._way(cls)}" for cls, count in self.classes.items()
+        )
+
+    def _way(self, cls: type) -> str:
+        return f"{TABLE[cls.__name__].method} patched" if cls in self.table else "interface"
 
 
 _patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDictionary()
@@ -73,7 +80,14 @@ def patch_model(
     cp_group = group or attached() or world()
     register()
     original = base.config._attn_implementation
-    base.set_attn_implementation(NAME)
+    classes = Counter(type(layer) for layer in layers.values())
+    table = [cls for cls in classes if cls.__name__ in TABLE]
+    if table:
+        # These classes chose their attention when they were built; the name is for the mask alone.
+        base.config._attn_implementation_internal = NAME
+        install(table)
+    else:
+        base.set_attn_implementation(NAME)
     if base.config._attn_implementation != NAME:
         raise UnsupportedAttention(
             f"{base.config.model_type}: {type(base).__name__} refused the attention implementation {NAME!r}."
@@ -84,11 +98,11 @@ def patch_model(
     for each in configs:
         originals[id(each)] = original
     patch = Patch(
-        classes=dict(Counter(type(layer).__name__ for layer in layers.values())),
+        classes=dict(classes),
+        table=table,
         sharding=Sharding(model, layers, resolved, cp_group),
         configs=configs,
         original=original,
-        use_cache=getattr(base.config, "use_cache", None),
     )
     _patches[model] = patch
     return patch
@@ -101,7 +115,11 @@ def unpatch_model(model: torch.nn.Module) -> None:
         return
     patch.sharding.remove()
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_attn_implementation(patch.original)
+    if patch.table:
+        base.config._attn_implementation_internal = patch.original
+        uninstall(patch.table)
+    else:
+        base.set_attn_implementation(patch.original)
     for config in patch.configs:
         originals.pop(id(config), None)
 

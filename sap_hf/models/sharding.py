@@ -17,8 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sap_hf.config import SapConfig
 from sap_hf.errors import SapError, UnsupportedAttention
 from sap_hf.models.batch import BOUNDARIES, Batch, Cut, read
-from sap_hf.models.families import windows
+from sap_hf.models.families import honours_interface, windows
 from sap_hf.models.interface import KEYWORD, Shard, state
+from sap_hf.models.table import bind_recompute
 from sap_hf.planning import Documents, Plan
 from sap_hf.planning.cost import Shape, find_hardware
 from sap_hf.runtime.collectives import gather_rows, sum_over_ranks
@@ -49,6 +50,8 @@ class Sharding:
         self._batch: Batch | None = None
         self._counts_given = False
         self._all_layers_seen = False
+        self._layer_ids = frozenset(id(layer) for layer in layers.values())
+        self._drops_keywords = not all(honours_interface(layer) for layer in layers.values())
         self._blocks: list[Any] = [
             block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)
         ]
@@ -83,7 +86,11 @@ class Sharding:
         self._shard_labels(inputs, batch, cut)
         inputs["use_cache"] = False
         recomputed = module.training and any(block.gradient_checkpointing for block in self._blocks)
-        state.shard = inputs[KEYWORD] = Shard(plan, self.group, self.config, {} if recomputed else None)
+        state.shard = inputs[KEYWORD] = Shard(
+            plan, self.group, self.config, self._layer_ids, {} if recomputed else None
+        )
+        if recomputed and self._drops_keywords:
+            bind_recompute(self._blocks)
         self._batch, self.last_plan = batch, plan
         return (), inputs
 
