@@ -115,10 +115,10 @@ class SapPlugin(ParallelismConfig):  # type: ignore[misc]
         if self.cp_size == 1:
             return ALONE
         group = self.device_mesh["cp"].get_group()
-        host = group
+        host, job = group, dist.group.WORLD
         if device_type != "cpu":
-            host = _host_group(self.cp_size)
-        return CpGroup(group, host, self.cp_size, dist.get_rank(group))
+            host, job = _host_group(self.cp_size), dist.new_group(backend="gloo")
+        return CpGroup(group, host, job, self.cp_size, dist.get_rank(group))
 
     def _validate_accelerator(self, accelerator: Any) -> None:
         """Sizes were settled against the processes when the mesh was built."""

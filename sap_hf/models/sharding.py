@@ -104,7 +104,7 @@ class Sharding:
         except SapError as error:
             problem = error
         if self.config.check_batches:
-            agree(self.group, fingerprint, problem)
+            agree(self.group, fingerprint, problem, self.model.training)
         elif problem is not None:
             raise problem
         assert batch is not None

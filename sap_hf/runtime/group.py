@@ -21,15 +21,17 @@ class CpGroup:
     Attributes:
         device: carries K and V (NCCL on CUDA, gloo on CPU). None for a single process without torch.distributed.
         host: a gloo group over the same ranks, for a few bytes per batch that never touch the device.
+        job: a gloo group over all ranks of the run: those of other cp groups wait for this one's gradients.
     """
 
     device: dist.ProcessGroup | None
     host: dist.ProcessGroup | None
+    job: dist.ProcessGroup | None
     size: int
     rank: int
 
 
-ALONE = CpGroup(None, None, 1, 0)
+ALONE = CpGroup(None, None, None, 1, 0)
 _attached: CpGroup | None = None
 _warm: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
@@ -88,13 +90,14 @@ def world() -> CpGroup:
         return ALONE
     whole = dist.group.WORLD
     host = whole if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    return CpGroup(whole, host, dist.get_world_size(), dist.get_rank())
+    return CpGroup(whole, host, host, dist.get_world_size(), dist.get_rank())
 
 
-def agree(group: CpGroup, fingerprint: tuple[int, int], problem: SapError | None) -> None:
-    """Raise on every rank alike when one rank refused its batch, or when the batches differ.
+def agree(group: CpGroup, fingerprint: tuple[int, int], problem: SapError | None, training: bool) -> None:
+    """Raise on every rank alike when one rank refused its batch, or when the batches of a cp group differ.
 
     Args:
+        training: ask the whole run, whose ranks all wait for each other's gradients; else the cp group alone.
         fingerprint: 64-bit hash of the inputs and digest of the plan; ignored where there is a problem.
         problem: why this rank refuses its batch, or None.
 
@@ -106,22 +109,34 @@ def agree(group: CpGroup, fingerprint: tuple[int, int], problem: SapError | None
         if problem is not None:
             raise problem
         return
-    row = [int(problem is not None), *(_signed(word) for word in fingerprint)]
-    mine = torch.tensor(row, dtype=torch.int64)
-    table = all_gather(mine, group.size, group.host).view(group.size, 3)
+    asked, count = group.host, group.size
+    if training and group.job is not None:
+        asked, count = group.job, dist.get_world_size(group.job)
+    mine = torch.tensor(
+        [int(problem is not None), *(_signed(word) for word in fingerprint)], dtype=torch.int64
+    )
+    table = all_gather(mine, count, asked).view(count, 3)
     if table[:, 0].any():
-        messages: list[str | None] = [None] * group.size
-        dist.all_gather_object(messages, str(problem) if problem else None, group=group.host)
+        messages: list[str | None] = [None] * count
+        dist.all_gather_object(messages, str(problem) if problem else None, group=asked)
         if problem is not None:
             raise problem
         rank = int(table[:, 0].nonzero()[0])
-        raise BatchMismatch(f"Rank {rank} of this cp group refused its batch: {messages[rank]}")
+        raise BatchMismatch(f"Rank {rank} refused its batch: {messages[rank]}")
+    # cp is the fastest-varying mesh axis: the ranks of a group follow each other.
+    _check_same(table.view(-1, group.size, 3), group.size)
+
+
+def _check_same(groups: torch.Tensor, size: int) -> None:
+    """Compare fingerprints (groups, size, 3) within every cp group; all that were asked raise alike."""
     for column, what in ((1, "inputs"), (2, "plan")):
-        odd = (table[:, column] != table[0, column]).nonzero().flatten().tolist()
-        if odd:
+        odd = (groups[:, :, column] != groups[:, :1, column]).nonzero()
+        if len(odd):
+            group, ranks = int(odd[0, 0]), sorted({int(r) for g, r in odd.tolist() if g == odd[0, 0]})
+            which = f" (cp group {group})" if len(groups) > 1 else ""
             raise BatchMismatch(
-                f"The {group.size} ranks of a cp group share every batch, but the {what} of rank "
-                f"{', '.join(map(str, odd))} differ from rank 0's.\n"
+                f"The {size} ranks of a cp group share every batch, but the {what} of rank "
+                f"{', '.join(map(str, ranks))} differ from rank 0's{which}.\n"
                 "  Give all of them the same data in the same order: the same seed, dispatch_batches=False for an "
                 "iterable dataset, and the same config."
             )

@@ -12,7 +12,7 @@ LARGEST = 2**64 - 1
 
 def check(rank, world):
     """By name of the situation: the error that this rank met, or None."""
-    group = CpGroup(None, dist.group.WORLD, world, rank)
+    group = CpGroup(None, dist.group.WORLD, None, world, rank)
     odd = rank == 1
     situations = {
         "same": ((7, LARGEST), None),
@@ -25,7 +25,7 @@ def check(rank, world):
 
 def _error(group, fingerprint, problem):
     try:
-        agree(group, fingerprint, problem)
+        agree(group, fingerprint, problem, training=False)
     except SapError as error:
         return type(error).__name__, str(error)
     return None
@@ -55,6 +55,6 @@ def test_a_batch_that_one_rank_refuses_is_refused_by_all_with_its_reason(met):
 
 
 def test_a_single_process_agrees_with_itself():
-    agree(ALONE, (1, 2), None)
+    agree(ALONE, (1, 2), None, training=False)
     with pytest.raises(DocumentError, match="the reason"):
-        agree(ALONE, (1, 2), DocumentError("the reason"))
+        agree(ALONE, (1, 2), DocumentError("the reason"), training=True)
