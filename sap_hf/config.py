@@ -10,14 +10,13 @@ from typing import Any
 from sap_hf.errors import ConfigError
 
 STRATEGIES = ("auto", "sap", "all_gather")
-LAYOUTS = ("auto", "contiguous", "zigzag")
+LAYOUTS = ("auto", "contiguous", "zigzag", "balanced")
 DELIVERIES = ("auto", "p2p", "all_to_all")
 REMOTE_KV = ("refetch", "keep")
 KERNELS = ("auto", "reference", "sdpa", "varlen", "flash")
 # Names of the design that this version does not plan yet: asking for one says so instead of "unknown".
 PLANNED = {
     "strategy": ("ring", "ulysses"),
-    "layout": ("balanced",),
     "delivery": ("all_gather",),
 }
 
@@ -37,13 +36,16 @@ class SapConfig:
     strategy: str = "auto"
     """auto | sap (move the rows that are read) | all_gather (move every row to every rank)."""
     layout: str = "auto"
-    """auto | contiguous | zigzag: which rows each rank holds. auto takes the one with the least modelled time."""
+    """auto | contiguous | zigzag | balanced (even work, little moved): which rows each rank holds. auto takes the one
+    with the least modelled time."""
     delivery: str = "auto"
     """auto | p2p (one grouped message per run of rows) | all_to_all (one uneven collective per step)."""
     remote_kv: str = "refetch"
     """refetch | keep: in the backward, receive remote K/V again (less memory) or keep it from the forward."""
     kernel: str = "auto"
     """auto | reference | sdpa (CPU) | varlen (torch, CUDA) | flash (flash-attn, CUDA)."""
+    hardware: str = "auto"
+    """What the plans' modelled seconds are for: a preset of sap_hf.planning.cost; auto is cpu on CPUs, else h100."""
     check_batches: bool = True
     """Compare a hash of the batch over the cp group (24 bytes per rank, on a CPU side group) before every forward."""
 

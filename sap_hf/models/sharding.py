@@ -44,6 +44,8 @@ class Sharding:
     ):
         self.model, self.layers, self.config, self.group = model, layers, config, group
         self.windows = windows(model)
+        automatic = "h100" if torch.cuda.is_available() else "cpu"
+        self._hardware = find_hardware(automatic if config.hardware == "auto" else config.hardware)
         self.full_outputs = False
         self.eval_outputs = True
         self.last_plan: Plan | None = None
@@ -127,7 +129,7 @@ class Sharding:
             self.windows,
             self.config.delivery,
             shape,
-            find_hardware(None),
+            self._hardware,
         )
 
     def _shard_labels(self, inputs: dict[str, Any], batch: Batch, cut: Cut) -> None:
