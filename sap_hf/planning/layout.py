@@ -20,7 +20,7 @@ class Layout:
     """One owner for every row of the padded pack.
 
     Attributes:
-        name: contiguous | zigzag.
+        name: contiguous | zigzag | balanced.
         cp_size: W, the ranks.
         rows_per_rank: C.
         segments: (n, 3) int64 columns rank, start, stop: half-open row ranges, sorted by rank, and within a rank

@@ -54,26 +54,24 @@ def pack(name: str, rows: int, rng: np.random.Generator) -> Int64:
         )
     if rows < 1:
         raise ConfigError(f"rows={rows}: a pack holds at least one row.")
-    lengths = WORKLOADS[name](rng, rows)
-    rng.shuffle(lengths)
-    return lengths
+    return WORKLOADS[name](rng, rows)
 
 
 def magi(rng: np.random.Generator, rows: int) -> Int64:
     """MagiAttention's histogram, documents cut at a quarter of the pack, as in its published charts."""
     longest = max(1, rows // 4)
-    return _fill(rows, lambda n: _histogram(rng, n), longest)
+    return _fill(rng, rows, lambda n: _histogram(rng, n), longest)
 
 
 def magi_uncapped(rng: np.random.Generator, rows: int) -> Int64:
     """MagiAttention's histogram; one document may fill the pack."""
-    return _fill(rows, lambda n: _histogram(rng, n))
+    return _fill(rng, rows, lambda n: _histogram(rng, n))
 
 
 def megatron(rng: np.random.Generator, rows: int) -> Int64:
     """Lognormal with mean 1024 and sigma 1.5, clipped to 128..8192: Megatron-LM's mock data set of varying lengths."""
     location = np.log(1024) - 1.5**2 / 2
-    return _fill(rows, lambda n: np.clip(rng.lognormal(location, 1.5, n), 128, 8192).astype(np.int64))
+    return _fill(rng, rows, lambda n: np.clip(rng.lognormal(location, 1.5, n), 128, 8192).astype(np.int64))
 
 
 def chatqa2(rng: np.random.Generator, rows: int) -> Int64:
@@ -86,12 +84,12 @@ def chatqa2(rng: np.random.Generator, rows: int) -> Int64:
         bins = rng.choice(len(share), n, p=share / share.sum())
         return np.exp(rng.uniform(np.log(low[bins]), np.log(high[bins]))).astype(np.int64)
 
-    return _fill(rows, draw)
+    return _fill(rng, rows, draw)
 
 
 def short(rng: np.random.Generator, rows: int) -> Int64:
     """Chat: lognormal with median 400 and sigma 0.8, clipped to 16..4096."""
-    return _fill(rows, lambda n: np.clip(rng.lognormal(np.log(400), 0.8, n), 16, 4096).astype(np.int64))
+    return _fill(rng, rows, lambda n: np.clip(rng.lognormal(np.log(400), 0.8, n), 16, 4096).astype(np.int64))
 
 
 def one(rng: np.random.Generator, rows: int) -> Int64:
@@ -106,33 +104,39 @@ def one_row(rng: np.random.Generator, rows: int) -> Int64:
 
 def just_over(rng: np.random.Generator, rows: int) -> Int64:
     """Adversarial: documents of C + 1 rows for 8 ranks of C rows: none fits a rank by one row."""
-    return _fill(rows, lambda n: np.full(n, -(-rows // 8) + 1))
+    return _fill(rng, rows, lambda n: np.full(n, -(-rows // 8) + 1))
 
 
 def half(rng: np.random.Generator, rows: int) -> Int64:
     """Adversarial: one document of half the pack, the rest as in `short`."""
     long = max(1, rows // 2)
-    return np.append(short(rng, rows - long), long) if rows > long else np.array([long], np.int64)
+    if rows == long:
+        return one(rng, rows)
+    lengths = np.append(short(rng, rows - long), long)
+    rng.shuffle(lengths)
+    return lengths
 
 
-def padded(rng: np.random.Generator, rows: int) -> Int64:
-    """Adversarial: the last third is one document of padding, longer than a rank's rows; the rest as in `short`.
+def padding(rng: np.random.Generator, rows: int) -> Int64:
+    """Adversarial: the last third of the pack, more than whole ranks, is padding that counts as one document.
 
-    A collator that pads to a fixed length and marks no padding gives such packs. The padding stays last only until
-    the order is shuffled.
+    A collator that pads to a fixed length and does not mark it gives such packs. Here alone the order is kept.
     """
     tail = max(1, rows // 3)
-    return np.append(short(rng, rows - tail), tail) if rows > tail else np.array([tail], np.int64)
+    return np.append(short(rng, rows - tail), tail) if rows > tail else one(rng, rows)
 
 
 def _histogram(rng: np.random.Generator, n: int) -> Int64:
     low, high, count = np.array(MAGI, np.int64).T
     bins = rng.choice(len(count), n, p=count / count.sum())
-    return rng.integers(low[bins], high[bins] + 1)
+    lengths: Int64 = rng.integers(low[bins], high[bins] + 1)
+    return lengths
 
 
-def _fill(rows: int, draw: Callable[[int], Int64], longest: int | None = None) -> Int64:
-    """Documents drawn in blocks until they fill `rows`; the last one is cut."""
+def _fill(
+    rng: np.random.Generator, rows: int, draw: Callable[[int], Int64], longest: int | None = None
+) -> Int64:
+    """Documents drawn in blocks until they fill `rows`; the last one is cut, then the order is shuffled."""
     drawn: list[Int64] = []
     total = 0
     while total < rows:
@@ -144,6 +148,7 @@ def _fill(rows: int, draw: Callable[[int], Int64], longest: int | None = None) -
     last = int(np.searchsorted(ends, rows))
     lengths = lengths[: last + 1]
     lengths[last] -= ends[last] - rows
+    rng.shuffle(lengths)
     return lengths
 
 
@@ -157,4 +162,5 @@ WORKLOADS: dict[str, Draw] = {
     "one_row": one_row,
     "just_over": just_over,
     "half": half,
+    "padding": padding,
 }

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from sap_hf.config import LAYOUTS, STRATEGIES, check_choice
 from sap_hf.errors import ConfigError, DocumentError, LayoutError
+from sap_hf.planning.balance import balanced, portfolio
 from sap_hf.planning.cost import Hardware, Shape, find_hardware
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.layout import LAYOUTS as MAKERS
+from sap_hf.planning.layout import Layout
 from sap_hf.planning.plan import Plan, Planner, Window
 from sap_hf.strategies.all_gather import all_gather
 from sap_hf.strategies.sap import sap
@@ -43,7 +45,7 @@ def plan(
         cp_size: ranks that share the pack.
         ulysses_size: of these, ranks that exchange heads instead of rows; 1 in this version.
         strategy: auto | sap | all_gather.
-        layout: auto | contiguous | zigzag.
+        layout: auto | contiguous | zigzag | balanced.
         window: keys a query sees, itself included, or {window: number of layers}; None is full attention.
         num_heads, num_kv_heads, head_dim, bytes_per_element: the layer, for modelled seconds and bytes.
         hardware: a preset's name or a Hardware; None is h100 with 8 ranks per node.
@@ -90,11 +92,10 @@ def make_plan(
         raise ConfigError("window={} names no layer. Use None for full attention.")
     # Moving needed rows only is never slower under the model than moving all of them.
     chosen = "sap" if strategy == "auto" else strategy
-    names = [name for name in MAKERS if layout in ("auto", name)]
     plans = [
         Plan(
             documents=documents,
-            placement=MAKERS[name](documents.rows, cp_size),
+            placement=placement,
             strategy=chosen,
             planner=PLANNERS[chosen],
             windows=windows,
@@ -102,12 +103,24 @@ def make_plan(
             shape=shape,
             hardware=hardware,
         )
-        for name in names
+        for placement in placements(documents, cp_size, layout, windows)
     ]
-    best = min(plans, key=lambda candidate: candidate.seconds)
+    best = plans[0] if len(plans) == 1 else min(plans, key=lambda candidate: candidate.seconds)
     if delivery == "auto":
         best = dataclasses.replace(best, delivery=_delivery(best))
     return best
+
+
+def placements(
+    documents: Documents, cp_size: int, layout: str, windows: Mapping[Window, int]
+) -> list[Layout]:
+    """The layouts that `layout` stands for: one, or for "auto" all that are weighed."""
+    if layout in MAKERS:
+        return [MAKERS[layout](documents.rows, cp_size)]
+    if layout == "balanced":
+        return [balanced(documents, cp_size, windows)]
+    neighbours = [make(documents.rows, cp_size) for make in MAKERS.values()]
+    return neighbours + portfolio(documents, cp_size, windows)
 
 
 def _delivery(plan: Plan) -> str:

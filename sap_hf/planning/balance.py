@@ -1,0 +1,290 @@
+"""Balanced: documents placed so that every rank has the same rows and almost the same work, and little moves.
+
+Documents, ranks -> Layout. A portfolio of starts: whole documents where possible, long ones cut over the fewest ranks
+that rows and work require. `balance_search` makes each of them even in work and exact in rows.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from sap_hf.planning.balance_search import SHARE, Problem, improve
+from sap_hf.planning.documents import Documents, Int64
+from sap_hf.planning.layout import Layout
+
+# A balanced layout's busiest rank has at most this much of the mean work, in thousandths.
+LIMIT = 1050
+# With at most this many documents per rank starts differ, so the one that should move least goes first. With at most
+# this many documents times ranks besides, there is time to improve several. Other packs leave more choice, and the
+# first start does.
+FEW_PER_RANK = 8
+FEW = 4096
+# Documents with less than this part of a rank's work are placed by a heap, all of them at once.
+SMALL = SHARE // 4
+
+# runs (n, 3) document, start, stop; the item that each belongs to (n,); the rank of each item (m,).
+Start = tuple[Int64, Int64, Int64]
+# (work, rows) negative and in SHARE, document or item, stop: the order of a heap of documents.
+Waiting = tuple[int, int, int, int]
+
+
+def balanced(documents: Documents, cp_size: int, windows: Mapping[int | None, int]) -> Layout:
+    """The least rows moved subject to an imbalance of at most 1.05; the least imbalance where none reaches that.
+
+    Args:
+        windows: {window: number of layers}: the balance is over all of them.
+    """
+    p = Problem(documents.lengths, cp_size, windows)
+    few = len(documents) <= FEW_PER_RANK * cp_size
+    members = sorted(MEMBERS, key=lambda member: expected_rows(p, member(p))) if few else MEMBERS
+    tries = len(ALWAYS) if _is_small(documents, cp_size) else 1
+    best: tuple[tuple[int, int], Int64] | None = None
+    for number, member in enumerate(members):
+        if best is not None and best[0][0] == 0 and number >= tries:
+            break
+        start = member(p)
+        # Improving a start makes it even; it seldom makes it move less.
+        if best is not None and best[0][0] == 0 and rows_moved(p, start) >= best[0][1]:
+            continue
+        runs = improve(p, *start, LIMIT)
+        score = _score(p, runs)
+        if best is None or score < best[0]:
+            best = (score, runs)
+    assert best is not None
+    return lay_out(documents, cp_size, best[1])
+
+
+def portfolio(documents: Documents, cp_size: int, windows: Mapping[int | None, int]) -> list[Layout]:
+    """What "auto" weighs beside the layouts of neighbours: `balanced`, or in small packs every start, improved.
+
+    There `balanced` is one of them. In others they are left out: each takes as long again.
+    """
+    if not _is_small(documents, cp_size):
+        return [balanced(documents, cp_size, windows)]
+    p = Problem(documents.lengths, cp_size, windows)
+    return [lay_out(documents, cp_size, improve(p, *member(p), LIMIT)) for member in MEMBERS]
+
+
+def _is_small(documents: Documents, cp_size: int) -> bool:
+    return len(documents) <= FEW_PER_RANK * cp_size and len(documents) * cp_size <= FEW
+
+
+def _score(p: Problem, runs: Int64) -> tuple[int, int]:
+    """Work above the limit, then rows moved."""
+    work = np.zeros(p.cp_size, np.int64)
+    np.add.at(work, runs[:, 0], p.upto(runs[:, 3]) - p.upto(runs[:, 2]))
+    over = max(int(work.max()) * 1000 * p.cp_size - int(p.work.sum()) * LIMIT, 0)
+    return over, rows_moved(p, (runs[:, 1:], np.arange(len(runs)), runs[:, 0]))
+
+
+def document_aware(p: Problem, limit: int = LIMIT - 20) -> Start:
+    """Largest first. A document that fits no rank gives its tail to the rank with most budget; its head waits its turn.
+
+    A reader of a tail needs all rows before it, so that few and short heads are cheap.
+    """
+    lengths, ranks = p.lengths, np.arange(p.cp_size)
+    order = np.argsort(-p.work, kind="stable")
+    u, v = p.shares(p.work, lengths)
+    most = SHARE * limit // 1000
+    spare = _spare(p, u)
+    load, full = np.zeros(p.cp_size, np.int64), np.zeros(p.cp_size, np.int64)
+    runs: list[tuple[int, int, int]] = []
+    rank: list[int] = []
+    # Sorted, and so a heap already.
+    columns = (-u[order], v[order], order, lengths[order])
+    waiting: list[Waiting] = list(zip(*(column.tolist() for column in columns)))
+    while waiting and -waiting[0][0] > SMALL:
+        minus_work, rows, document, stop = heapq.heappop(waiting)
+        work, start = -minus_work, 0
+        score = work * load + rows * full
+        fits = (load + work <= most) & (full + rows <= SHARE + SHARE // 50)
+        if fits.any():
+            to = int(ranks[fits][score[fits].argmin()])
+        else:
+            budget = np.where(
+                full < SHARE - SHARE // 50, most - load - spare * (SHARE - full) // SHARE, -SHARE
+            )
+            to = int(budget.argmax())
+            amount = min(int(budget[to]), work)
+            if amount < SHARE // 20:
+                to = int((score + 16 * SHARE * np.maximum(full + rows - SHARE, 0)).argmin())
+            else:
+                room = p.rows_per_rank * (SHARE - int(full[to])) // SHARE
+                start = p.rows_with((work - amount) * p.share // SHARE) if amount < work else 0
+                start = min(max(start, stop - room), stop - 1)
+                rest = p.upto_one(start) * SHARE // p.share
+                if start:
+                    heapq.heappush(waiting, (-rest, start * SHARE // p.rows_per_rank, document, start))
+                work, rows = work - rest, (stop - start) * SHARE // p.rows_per_rank
+        runs.append((document, start, stop))
+        rank.append(to)
+        load[to] += work
+        full[to] += rows
+    _pour(sorted(waiting), load.tolist(), full.tolist(), runs, rank)
+    return np.array(runs, np.int64), np.arange(len(runs)), np.array(rank, np.int64)
+
+
+def _pour(
+    waiting: list[Waiting],
+    load: list[int],
+    full: list[int],
+    runs: list[tuple[int, int, int]],
+    rank: list[int],
+) -> None:
+    """Small documents, largest first, each to the rank with the least of what such documents weigh in."""
+    block = 2 * len(load)
+    for first in range(0, len(waiting), block):
+        part = waiting[first : first + block]
+        work_weight, row_weight = (
+            max(1, -sum(x[0] for x in part) >> 10),
+            max(1, sum(x[1] for x in part) >> 10),
+        )
+        heap = [(work_weight * w + row_weight * r, to) for to, (w, r) in enumerate(zip(load, full))]
+        heapq.heapify(heap)
+        for minus_work, rows, document, stop in part:
+            key, to = heap[0]
+            heapq.heapreplace(heap, (key - work_weight * minus_work + row_weight * rows, to))
+            runs.append((document, 0, stop))
+            rank.append(to)
+            load[to] -= minus_work
+            full[to] += rows
+
+
+def _spare(p: Problem, u: Int64) -> int:
+    """Work to keep free on a rank for filling all of its rows, in SHARE: what the shortest documents weigh."""
+    long = u > SHARE * 6 // 10
+    need = int((np.maximum(u[long], SHARE) * p.rows_per_rank // SHARE).sum() - p.lengths[long].sum())
+    rest = np.argsort(p.work + np.where(long, p.work.max() + 1, 0), kind="stable")[: int((~long).sum())]
+    if need <= 0 or not len(rest):
+        return 0
+    taken = rest[: int(np.searchsorted(np.cumsum(p.lengths[rest]), need)) + 1]
+    return int(u[taken].sum() * p.rows_per_rank // p.lengths[taken].sum())
+
+
+def zigzag_parts(p: Problem, part: int = 1000) -> Start:
+    """Documents with more than `part` thousandths of a rank's work, or rows, are cut zigzag; then largest first."""
+    u, _ = p.shares(p.work, p.lengths)
+    parts = np.maximum(-(-p.lengths // p.rows_per_rank), -(-u * 1000 // (SHARE * part)))
+    parts = np.maximum(np.minimum(np.minimum(parts, p.cp_size), p.lengths // 2), 1)
+    chunks = np.where(parts > 1, 2 * parts, 1)
+    document = np.repeat(np.arange(len(parts)), chunks)
+    i = np.arange(len(document)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+    n = chunks[document]
+    runs = np.stack([document, p.lengths[document] * i // n, p.lengths[document] * (i + 1) // n], axis=1)
+    item = np.repeat(np.cumsum(parts) - parts, chunks) + np.minimum(i, n - 1 - i)
+    work, rows = np.zeros(int(parts.sum()), np.int64), np.zeros(int(parts.sum()), np.int64)
+    np.add.at(work, item, p.upto(runs[:, 2]) - p.upto(runs[:, 1]))
+    np.add.at(rows, item, runs[:, 2] - runs[:, 1])
+    return runs, item, _largest_first(p, *p.shares(work, rows))
+
+
+def _largest_first(p: Problem, work: Int64, rows: Int64) -> Int64:
+    load, full = np.zeros(p.cp_size, np.int64), np.zeros(p.cp_size, np.int64)
+    order = np.argsort(-work, kind="stable").tolist()
+    rank = np.zeros(len(order), np.int64)
+    large = [i for i in order if work[i] > SMALL]
+    for i in large:
+        score = work[i] * load + rows[i] * full + 16 * SHARE * np.maximum(full + rows[i] - SHARE, 0)
+        to = score.argmin()
+        rank[i] = to
+        load[to] += work[i]
+        full[to] += rows[i]
+    rest = [(-int(work[i]), int(rows[i]), i, 0) for i in order[len(large) :]]
+    poured: list[tuple[int, int, int]] = []
+    ranks: list[int] = []
+    _pour(rest, load.tolist(), full.tolist(), poured, ranks)
+    rank[[i for i, _, _ in poured]] = ranks
+    return rank
+
+
+def chunks(p: Problem, per_rank: int = 4) -> Start:
+    """The pack in equal chunks, whatever documents they cut: each, busiest first, to the rank with least work."""
+    ends = np.cumsum(p.lengths)
+    rows = int(ends[-1])
+    edges = np.arange(1, per_rank * p.cp_size) * rows // (per_rank * p.cp_size)
+    borders = np.union1d(np.concatenate([[0], ends]), edges)
+    first, last = borders[:-1], borders[1:]
+    document = np.searchsorted(ends, first, side="right")
+    begin = (ends - p.lengths)[document]
+    runs = np.stack([document, first - begin, last - begin], axis=1)
+    chunk = np.searchsorted(np.unique(edges[edges > 0]), first, side="right")
+    work = np.zeros(int(chunk[-1]) + 1, np.int64)
+    np.add.at(work, chunk, p.upto(runs[:, 2]) - p.upto(runs[:, 1]))
+    heap = [(0, rank) for rank in range(p.cp_size)]
+    taken, rank = [0] * p.cp_size, np.zeros(len(work), np.int64)
+    for i in np.argsort(-work, kind="stable").tolist():
+        load, to = heapq.heappop(heap)
+        rank[i] = to
+        taken[to] += 1
+        if taken[to] < per_rank:
+            heapq.heappush(heap, (load + int(work[i]), to))
+    return runs, chunk, rank
+
+
+def rows_moved(p: Problem, start: Start) -> int:
+    """Rows that a start moves: every gap before a run in its document that its rank does not hold."""
+    runs, item, rank = start
+    owner = rank[item]
+    order = np.lexsort((runs[:, 1], runs[:, 0], owner))
+    owner, runs = owner[order], runs[order]
+    same = np.zeros(len(runs), bool)
+    same[1:] = (owner[1:] == owner[:-1]) & (runs[1:, 0] == runs[:-1, 0])
+    gaps = runs[:, 1] - np.where(same, np.roll(runs[:, 2], 1), 0)
+    return int((gaps if p.reach is None else np.minimum(gaps, p.reach)).sum())
+
+
+def expected_rows(p: Problem, start: Start) -> int:
+    """Rows that a start moves, and about as many as making it even and exact will add."""
+    runs, item, rank = start
+    owner = rank[item]
+    work, rows = np.zeros(p.cp_size, np.int64), np.zeros(p.cp_size, np.int64)
+    np.add.at(work, owner, p.upto(runs[:, 2]) - p.upto(runs[:, 1]))
+    np.add.at(rows, owner, runs[:, 2] - runs[:, 1])
+    excess = np.maximum(work - p.share * (LIMIT - 10) // 1000, 0)
+    heads = sum(p.rows_with(w) for w in excess.tolist() if w)
+    too_many = int(np.maximum(rows - p.rows_per_rank, 0).sum())
+    whole = int((runs[:, 2] - runs[:, 1])[runs[:, 2] - runs[:, 1] == p.lengths[runs[:, 0]]].sum())
+    if too_many * 4 > whole:
+        # Only cut documents can fill the ranks: each reader then needs about half of one.
+        missing = int((rows < p.rows_per_rank - p.rows_per_rank // 50).sum())
+        heads += missing * int(p.lengths.max()) // 2
+    return rows_moved(p, start) + heads + too_many
+
+
+def lay_out(documents: Documents, cp_size: int, runs: Int64) -> Layout:
+    """Runs (rank, document, start, stop) as a Layout; padding fills what is left of C."""
+    share = -(-documents.rows // cp_size)
+    # Ranks that share the longest documents become neighbours: they are the likeliest to be in one node.
+    longest = np.full(cp_size, len(documents), np.int64)
+    place = np.empty(len(documents), np.int64)
+    place[np.argsort(-documents.lengths, kind="stable")] = np.arange(len(documents))
+    np.minimum.at(longest, runs[:, 0], place[runs[:, 1]])
+    name = np.empty(cp_size, np.int64)
+    name[np.argsort(longest, kind="stable")] = np.arange(cp_size)
+    rank, first = name[runs[:, 0]], documents.cu_seqlens[runs[:, 1]]
+    segments = np.stack([rank, first + runs[:, 2], first + runs[:, 3]], axis=1)
+    held = np.zeros(cp_size, np.int64)
+    np.add.at(held, rank, runs[:, 3] - runs[:, 2])
+    missing = share - held
+    stop = documents.rows + np.cumsum(missing)
+    padding = np.stack([np.arange(cp_size), stop - missing, stop], axis=1)
+    segments = np.concatenate([segments, padding[missing > 0]])
+    segments = segments[np.lexsort((segments[:, 1], segments[:, 0]))]
+    new = np.ones(len(segments), bool)
+    new[1:] = (segments[1:, 0] != segments[:-1, 0]) | (segments[1:, 1] != segments[:-1, 2])
+    last = np.append(np.flatnonzero(new)[1:] - 1, len(segments) - 1)
+    segments = np.stack([segments[new, 0], segments[new, 1], segments[last, 2]], axis=1)
+    return Layout("balanced", cp_size, share, segments)
+
+
+# The first ones are worth improving side by side; the others where those stay uneven.
+ALWAYS: Sequence[Callable[[Problem], Start]] = (
+    document_aware,
+    zigzag_parts,
+    lambda p: document_aware(p, 1000),
+    lambda p: document_aware(p, 1045),
+)
+MEMBERS: Sequence[Callable[[Problem], Start]] = (*ALWAYS, lambda p: zigzag_parts(p, 500), chunks)
