@@ -122,7 +122,7 @@ def test_generation_on_one_rank_equals_the_plain_model(on_2: list[dict[str, Any]
     [
         ("falcon", "FalconAttention"),
         ("bloom", "BloomAttention"),
-        ("gpt_neo", "GPTNeo"),
+        ("mpt", "MptAttention"),
         ("stablelm", "StableLmAttention"),
         ("llama4_text", "Llama4TextAttention"),
     ],
