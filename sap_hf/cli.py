@@ -6,10 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import numpy as np
+
 from sap_hf.config import LAYOUTS, STRATEGIES
 from sap_hf.errors import SapError
 from sap_hf.planning import compile_program
 from sap_hf.planning.render import as_json
+from sap_hf.planning.workloads import WORKLOADS
+from sap_hf.planning.workloads import pack as workload
 from sap_hf.strategies import plan
 
 
@@ -28,9 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sap-hf", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     show = commands.add_parser("plan", help="show how ranks share a pack of documents")
-    show.add_argument(
-        "--lengths", type=_numbers, required=True, metavar="5,3,8", help="rows of each document"
-    )
+    pack = show.add_mutually_exclusive_group(required=True)
+    pack.add_argument("--lengths", type=_numbers, metavar="5,3,8", help="rows of each document")
+    pack.add_argument("--workload", metavar="NAME", help=" | ".join(WORKLOADS))
+    show.add_argument("--rows", type=int, default=131_072, help="rows of a workload's pack (default 131072)")
+    show.add_argument("--seed", type=int, default=0, help="which pack of the workload")
     show.add_argument("--cp", type=int, required=True, metavar="W", help="ranks that share the pack")
     show.add_argument("--strategy", default="auto", help=" | ".join(STRATEGIES))
     show.add_argument("--layout", default="auto", help=" | ".join(LAYOUTS))
@@ -45,8 +51,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    lengths = options.lengths
+    if lengths is None:
+        lengths = workload(options.workload, options.rows, np.random.default_rng(options.seed))
     made = plan(
-        options.lengths,
+        lengths,
         cp_size=options.cp,
         strategy=options.strategy,
         layout=options.layout,
