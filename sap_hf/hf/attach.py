@@ -40,6 +40,7 @@ class Attachment:
             self._count_once(trainer)
         self._replace(trainer, "_get_num_items_in_batch", counting.count_targets(trainer))
         self._replace(trainer, "prediction_step", self._prediction_step(trainer))
+        self._replace(trainer, "evaluation_loop", self._evaluation_loop(trainer))
         if trainer.model_init is not None:
             self._replace(trainer, "call_model_init", self._call_model_init(trainer))
 
@@ -73,7 +74,6 @@ class Attachment:
         )
         self._replace(trainer, "_track_num_input_tokens", counting.track_tokens_once(trainer, size))
         self._replace(trainer, "floating_point_ops", counting.count_flops_once(trainer, size))
-        self._replace(trainer, "evaluation_loop", self._evaluation_loop(trainer))
         # A dispatcher would cut one process's batch for all the others.
         self._replace(accelerator.dataloader_config, "dispatch_batches", False)
         if hasattr(trainer, "_tp_size"):
