@@ -25,7 +25,14 @@ import torch.distributed as dist
 import sap_hf
 from sap_hf.planning.workloads import pack
 
-PLANS = (("sap", "contiguous"), ("sap", "zigzag"), ("all_gather", "contiguous"), ("all_gather", "zigzag"))
+PLANS = (
+    ("auto", "auto"),
+    ("sap", "contiguous"),
+    ("sap", "zigzag"),
+    ("sap", "balanced"),
+    ("all_gather", "contiguous"),
+    ("all_gather", "zigzag"),
+)
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
 
 

@@ -14,7 +14,7 @@ from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 
 from sap_hf.errors import ConfigError, LayoutError
-from sap_hf.runtime.group import ALONE, CpGroup, attach_group
+from sap_hf.runtime.group import ALONE, CpGroup, attach_group, leave_at_exit
 
 
 class SapPlugin(ParallelismConfig):  # type: ignore[misc]
@@ -118,6 +118,7 @@ class SapPlugin(ParallelismConfig):  # type: ignore[misc]
         host, job = group, dist.group.WORLD
         if device_type != "cpu":
             host, job = _host_group(self.cp_size), dist.new_group(backend="gloo")
+        leave_at_exit()
         return CpGroup(group, host, job, self.cp_size, dist.get_rank(group))
 
     def _validate_accelerator(self, accelerator: Any) -> None:

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
+import sys
 import weakref
 
 import torch
@@ -40,6 +43,19 @@ def attach_group(group: CpGroup | None) -> None:
     """Make `group` what `sap_hf.attention(group=None)` means; None goes back to WORLD."""
     global _attached
     _attached = group
+
+
+@functools.cache
+def leave_at_exit() -> None:
+    """Destroy the process groups when the interpreter ends: gloo's threads, still running then, abort the process."""
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    # After an exception the others may be inside a collective; waiting for them here would hide the traceback.
+    if getattr(sys, "last_value", None) is None and dist.is_initialized():
+        attach_group(None)
+        dist.destroy_process_group()
 
 
 def resolve(group: dist.ProcessGroup | None, cp_size: int) -> tuple[dist.ProcessGroup | None, int]:
