@@ -158,14 +158,14 @@ class Sharding:
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is not None and not module.training and self._counts_given:
             # Trainer multiplies by the number of processes; the cp group's sum counts once in that.
-            _set(output, "loss", sum_over_ranks(loss.detach(), self.group) / self.group.size)
+            output["loss"] = sum_over_ranks(loss.detach(), self.group) / self.group.size
         elif loss is not None and not self._counts_given:
-            _set(output, "loss", sum_over_ranks(loss, self.group))
+            output["loss"] = sum_over_ranks(loss, self.group)
         if self.full_outputs or (not module.training and self.eval_outputs):
             whole = functools.partial(self._whole, plan=shard.plan, batch=batch)
             for name in list(output.keys()):
                 if name != "loss":
-                    _set(output, name, _map_tensors(output[name], whole))
+                    output[name] = _map_tensors(output[name], whole)
         return output
 
     def _whole(self, tensor: torch.Tensor, plan: Plan, batch: Batch) -> torch.Tensor:
@@ -215,7 +215,3 @@ def _map_tensors(value: Any, function: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_map_tensors(item, function) for item in value)
     return value
-
-
-def _set(output: Any, name: str, value: Any) -> None:
-    output[name] = value
