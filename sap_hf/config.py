@@ -11,13 +11,12 @@ from sap_hf.errors import ConfigError
 
 STRATEGIES = ("auto", "sap", "all_gather")
 LAYOUTS = ("auto", "contiguous", "zigzag", "balanced")
-DELIVERIES = ("auto", "p2p", "all_to_all")
+DELIVERIES = ("auto", "p2p", "all_to_all", "all_gather")
 REMOTE_KV = ("refetch", "keep")
 KERNELS = ("auto", "reference", "sdpa", "varlen", "flash")
 # Names of the design that this version does not plan yet: asking for one says so instead of "unknown".
 PLANNED = {
     "strategy": ("ring", "ulysses"),
-    "delivery": ("all_gather",),
 }
 
 
@@ -39,13 +38,17 @@ class SapConfig:
     """auto | contiguous | zigzag | balanced (even work, little moved): which rows each rank holds. auto takes the one
     with the least modelled time."""
     delivery: str = "auto"
-    """auto | p2p (one grouped message per run of rows) | all_to_all (one uneven collective per step)."""
+    """auto | p2p (one grouped message per run of rows) | all_to_all (one uneven collective per stage) | all_gather (the
+    collective, for strategy all_gather)."""
+    max_remote_rows: int | None = None
+    """Rows of other ranks that a rank holds at once, at least 2: more arrive in stages, in turn. null: no limit."""
     remote_kv: str = "refetch"
     """refetch | keep: in the backward, receive remote K/V again (less memory) or keep it from the forward."""
     kernel: str = "auto"
     """auto | reference | sdpa (CPU) | varlen (torch, CUDA) | flash (flash-attn, CUDA)."""
     hardware: str = "auto"
-    """What the plans' modelled seconds are for: a preset of sap_hf.planning.cost; auto is cpu on CPUs, else h100."""
+    """What the plans' modelled seconds are for: a preset of sap_hf.planning.hardware, or a file that `sap-hf bench
+    --calibrate` wrote; auto is cpu on CPUs, else h100."""
     check_batches: bool = True
     """Compare a hash of the batch over the cp group (24 bytes per rank, on a CPU side group) before every forward."""
 
@@ -66,6 +69,13 @@ class SapConfig:
         check_choice("delivery", self.delivery, DELIVERIES)
         check_choice("remote_kv", self.remote_kv, REMOTE_KV)
         check_choice("kernel", self.kernel, KERNELS)
+        check_delivery(self.strategy, self.delivery)
+        check_remote_rows(self.max_remote_rows)
+        if self.max_remote_rows is not None and self.remote_kv == "keep":
+            raise ConfigError(
+                "remote_kv='keep' holds all remote rows until the backward, which max_remote_rows="
+                f"{self.max_remote_rows} forbids. Use remote_kv='refetch', or max_remote_rows=None."
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "SapConfig") -> SapConfig:
@@ -128,6 +138,23 @@ def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     if value in PLANNED.get(field, ()):
         raise ConfigError(f"{field}={value!r} is not in this version. Possible: {', '.join(choices)}.")
     raise ConfigError(f"{field}={value!r} is not one of {', '.join(choices)}.{nearest(str(value), choices)}")
+
+
+def check_delivery(strategy: str, delivery: str) -> None:
+    """Refuse the collective that moves every row for a strategy that moves fewer."""
+    if delivery == "all_gather" and strategy not in ("auto", "all_gather"):
+        raise ConfigError(
+            f"delivery='all_gather' moves every row, strategy={strategy!r} only those that are read. "
+            "Use strategy='all_gather', or delivery='auto'."
+        )
+
+
+def check_remote_rows(limit: object) -> None:
+    """Refuse a budget that does not hold one row while another travels."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 2):
+        raise ConfigError(
+            f"max_remote_rows={limit!r} must be a number of rows from 2 on, or null for no limit."
+        )
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:

@@ -21,7 +21,8 @@ from sap_hf.models.families import honours_interface, windows
 from sap_hf.models.interface import KEYWORD, Shard, state
 from sap_hf.models.table import bind_recompute
 from sap_hf.planning import Documents, Plan
-from sap_hf.planning.cost import Shape, find_hardware
+from sap_hf.planning.cost import Shape
+from sap_hf.planning.hardware import find_hardware
 from sap_hf.runtime.collectives import gather_rows, sum_over_ranks
 from sap_hf.runtime.group import CpGroup, agree
 from sap_hf.strategies import make_plan

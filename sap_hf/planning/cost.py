@@ -1,6 +1,7 @@
-"""Cost: what a schedule takes on a given machine, by a plain alpha-beta model.
+"""Cost: what a schedule takes on a given machine, by an alpha-beta model with overlap.
 
-(Schedule, Shape, Hardware) -> seconds per rank. Good enough to choose between layouts; it is not a forecast.
+(Schedule, Shape, Hardware) -> seconds and bytes per rank, forward and backward. It decides between plans, so it is the
+same to the last bit on every rank: elementwise operations and sums in index order only.
 """
 
 from __future__ import annotations
@@ -10,9 +11,24 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from sap_hf.errors import ConfigError
-from sap_hf.planning.documents import Int64
-from sap_hf.planning.schedule import DESTINATION, RANK, SOURCE, START, STOP, Schedule, tile_pairs
+from sap_hf.planning.hardware import Hardware
+from sap_hf.planning.schedule import (
+    DESTINATION,
+    Q_START,
+    Q_STOP,
+    RANK,
+    SOURCE,
+    START,
+    STOP,
+    Schedule,
+    Step,
+    is_full,
+    tile_pairs,
+)
+
+Float64 = NDArray[np.float64]
+# Matrix products of the backward over those of the forward: 5 (S, dP, dQ, dK, dV) to 2 (S, O).
+BACKWARD_FLOPS = 2.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,74 +51,142 @@ class Shape:
         return 2 * self.num_kv_heads * self.head_dim * self.bytes_per_element
 
 
-@dataclasses.dataclass(frozen=True)
-class Hardware:
-    """A machine in seven numbers: what a rank computes and what it can send and receive at once."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seconds:
+    """Modelled seconds of one layer on each rank, all (W,).
 
-    name: str
-    flops_per_s: float
-    node_bytes_per_s: float
-    """Per rank and direction, to ranks of the same node."""
-    network_bytes_per_s: float
-    """Per rank and direction, to ranks of other nodes."""
-    message_seconds: float
-    """Fixed cost of one message."""
-    step_seconds: float
-    """Fixed cost of starting a group of messages."""
-    ranks_per_node: int
-
-
-PRESETS = {
-    # 400 of 989 dense bf16 TFLOP/s reached by flash attention; NVLink 4 and one 400 Gbit/s NIC per GPU, less overhead.
-    "h100": Hardware("h100", 4e14, 3e11, 4e10, 3e-6, 2e-5, 8),
-    "a100": Hardware("a100", 1.8e14, 2e11, 2e10, 3e-6, 2e-5, 8),
-    # gloo over loopback between single-core processes.
-    "cpu": Hardware("cpu", 3e10, 1e9, 1e8, 1e-4, 2e-4, 64),
-}
-
-
-def find_hardware(hardware: Hardware | str | None) -> Hardware:
-    """The preset of that name; None is h100.
-
-    Raises:
-        ConfigError: no such preset.
+    Attributes:
+        forward, backward: kernels, and the copies around them.
+        forward_exposed, backward_exposed: waiting for other ranks' rows.
     """
-    if isinstance(hardware, Hardware):
-        return hardware
-    name = hardware or "h100"
-    if name not in PRESETS:
-        raise ConfigError(f"hardware={name!r} is not one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
+
+    forward: Float64
+    forward_exposed: Float64
+    backward: Float64
+    backward_exposed: Float64
+
+    @property
+    def total(self) -> Float64:
+        """(W,) forward and backward, waiting included."""
+        return self.forward + self.forward_exposed + self.backward + self.backward_exposed
 
 
-def seconds(schedule: Schedule, cp_size: int, shape: Shape, hardware: Hardware) -> NDArray[np.float64]:
-    """(W,) modelled seconds of one layer's forward on each rank: remote rows travel while local tiles run."""
-    total = np.zeros(cp_size)
-    hidden = np.zeros(cp_size)
-    for step in schedule.steps:
-        work = np.zeros(cp_size)
-        np.add.at(work, step.tiles[:, RANK], tile_pairs(step.tiles, schedule.window))
-        busy = work * shape.flops_per_pair / hardware.flops_per_s
-        exposed = np.maximum(0.0, wire_seconds(step.transfers, cp_size, shape, hardware) - hidden)
-        total += exposed + busy
-        hidden = busy
-    return total
+def critical_rows(shape: Shape, hardware: Hardware, inside_node: bool) -> int:
+    """c*: a rank that holds fewer rows of a document computes on each received row for less time than it travels.
+
+    Receiving a row takes bytes_per_row / bytes_per_s; what c queries compute on it, c * flops_per_pair / flops_per_s.
+    """
+    rate = hardware.node_bytes_per_s if inside_node else hardware.network_bytes_per_s
+    return int(-(-shape.bytes_per_row * hardware.flops_per_s // (rate * shape.flops_per_pair)))
 
 
-def wire_seconds(transfers: Int64, cp_size: int, shape: Shape, hardware: Hardware) -> NDArray[np.float64]:
-    """(W,) seconds until each rank has sent and received its part of `transfers`."""
+def layer_seconds(
+    schedule: Schedule, cp_size: int, shape: Shape, hardware: Hardware, keep: bool = False
+) -> Seconds:
+    """One layer under `schedule`, in the order in which the program posts, waits and attends.
+
+    Args:
+        keep: the backward has the remote K/V still and does not fetch it again.
+    """
+    stages = [step for step in schedule.steps if len(step.transfers)]
+    local = [step for step in schedule.steps if not len(step.transfers)]
+    wire = [wire_seconds(step, cp_size, shape, hardware) for step in stages]
+    home = [wire_seconds(step, cp_size, shape, hardware, returning=True) for step in stages]
+    own, own_back = _busy(local, schedule.window, cp_size, shape, hardware)
+    work = [_busy([step], schedule.window, cp_size, shape, hardware) for step in stages]
+    slots = schedule.slots or len(stages)
+
+    now, arrival = own, np.zeros(cp_size)
+    done: list[Float64] = []
+    for i, (busy, _) in enumerate(work):
+        # Rows of stage i go into the slot that stage i - slots has been computed from.
+        arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + wire[i]
+        now = np.maximum(now, arrival) + busy
+        done.append(now)
+    forward = own + sum((busy for busy, _ in work), np.zeros(cp_size))
+
+    # Half of the local work hides the second fetch, the other half what travels home.
+    early = own_back / 2 if stages and not keep else np.zeros(cp_size)
+    back, arrival, done = early, np.zeros(cp_size), []
+    departure = sum(wire, np.zeros(cp_size)) if not keep and slots >= len(stages) else np.zeros(cp_size)
+    for i, (_, busy) in enumerate(work):
+        if not keep:
+            arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + wire[i]
+            back = np.maximum(back, arrival)
+        back = back + busy
+        done.append(back)
+        # One communicator carries one exchange after the other: what goes home waits for the fetches before it.
+        departure = np.maximum(np.maximum(departure, back), arrival) + home[i]
+    backward = own_back + sum((busy for _, busy in work), np.zeros(cp_size))
+    end = np.maximum(back + own_back - early, departure)
+    return Seconds(forward, now - forward, backward, end - backward)
+
+
+def _busy(
+    steps: list[Step], window: int | None, cp_size: int, shape: Shape, hardware: Hardware
+) -> tuple[Float64, Float64]:
+    """(W,) seconds of kernels and of merging what they give, forward and backward."""
+    forward, backward = np.zeros(cp_size), np.zeros(cp_size)
+    for step in steps:
+        tiles = step.tiles
+        pairs, rows = np.zeros(cp_size, np.int64), np.zeros(cp_size, np.int64)
+        np.add.at(pairs, tiles[:, RANK], tile_pairs(tiles, window))
+        np.add.at(rows, tiles[:, RANK], tiles[:, Q_STOP] - tiles[:, Q_START])
+        calls = np.zeros((cp_size, 2), bool)
+        calls[tiles[:, RANK], is_full(tiles).astype(np.int64)] = True
+        start = calls.sum(axis=1) * hardware.call_seconds
+        # A part of `out` is read, and the sum is read and written, in float32; dq likewise in the backward.
+        merge = rows * (3 * 4 * shape.num_heads * shape.head_dim / hardware.copy_bytes_per_s)
+        flops = pairs * shape.flops_per_pair
+        forward += flops / hardware.flops_per_s + start + merge
+        backward += flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s) + start + merge
+    return forward, backward
+
+
+def wire_seconds(
+    step: Step, cp_size: int, shape: Shape, hardware: Hardware, *, returning: bool = False
+) -> Float64:
+    """(W,) seconds until each rank has sent and received its part of the step's transfers.
+
+    Inside the node and between nodes different links carry the rows, at the same time. An all-gather between nodes
+    brings every row to a node once, spread over its ranks.
+
+    Args:
+        returning: the way home of dK/dV, which is never an all-gather: an all-to-all instead.
+    """
+    transfers = step.transfers
     if not len(transfers):
         return np.zeros(cp_size)
     source, destination = transfers[:, SOURCE], transfers[:, DESTINATION]
     amount = (transfers[:, STOP] - transfers[:, START]) * shape.bytes_per_row
-    inside = source // hardware.ranks_per_node == destination // hardware.ranks_per_node
-    cost = amount / np.where(inside, hardware.node_bytes_per_s, hardware.network_bytes_per_s)
-    cost += hardware.message_seconds
-    received, sent = np.zeros(cp_size), np.zeros(cp_size)
-    np.add.at(received, destination, cost)
-    np.add.at(sent, source, cost)
-    wire: NDArray[np.float64] = np.maximum(received, sent)
-    return wire + hardware.step_seconds * (wire > 0)
+    node = hardware.ranks_per_node
+    outside = (source // node != destination // node).astype(np.int64)
+    # [rank, inside or outside its node]
+    sent, received = np.zeros((cp_size, 2), np.int64), np.zeros((cp_size, 2), np.int64)
+    np.add.at(sent, (source, outside), amount)
+    np.add.at(received, (destination, outside), amount)
+    peers, messages = np.zeros((cp_size, cp_size), bool), np.zeros((cp_size, 2), np.int64)
+    peers[source, destination] = True
+    np.add.at(messages[:, 0], source, 1)
+    np.add.at(messages[:, 1], destination, 1)
+    busiest = np.maximum(sent, received)
+    if step.delivery == "all_gather" and not returning:
+        ranks = min(node, cp_size)
+        inside, outside = busiest[:, 0] + busiest[:, 1] * (ranks - 1) // ranks, busiest[:, 1] // ranks
+        hops = np.full(cp_size, ranks + cp_size // ranks - 2)
+        wire = np.maximum(inside / hardware.node_bytes_per_s, outside / hardware.network_bytes_per_s)
+        gathered: Float64 = wire + hardware.step_seconds + hops * hardware.message_seconds
+        return gathered
+    wire = np.maximum(busiest[:, 0] / hardware.node_bytes_per_s, busiest[:, 1] / hardware.network_bytes_per_s)
+    if step.delivery == "p2p":
+        count = messages.max(axis=1)
+    else:
+        count = np.maximum(peers.sum(axis=0), peers.sum(axis=1))
+        # Rows of many places are read and written once more, to lie together when they are sent.
+        packed = (received if returning else sent) * 2
+        wire = wire + (packed[:, 0] + packed[:, 1]) / hardware.copy_bytes_per_s
+    total: Float64 = wire + count * hardware.message_seconds + hardware.step_seconds * (count > 0)
+    return total
 
 
 def peak_bytes(schedule: Schedule, cp_size: int, rows_per_rank: int, shape: Shape) -> int:

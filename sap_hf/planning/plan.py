@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from sap_hf.errors import ConfigError
 from sap_hf.planning import cost
 from sap_hf.planning.documents import Documents, Int64
+from sap_hf.planning.hardware import Hardware
 from sap_hf.planning.layout import Layout
-from sap_hf.planning.schedule import Schedule
+from sap_hf.planning.schedule import DESTINATION, START, STOP, Schedule, Step
 
 Window = int | None
-Planner = Callable[[Documents, Layout, Window], Schedule]
+Planner = Callable[[Documents, Layout, Window, int], Schedule]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,11 +30,13 @@ class Plan:
     Attributes:
         documents, placement: the pack and who holds which rows.
         strategy: what "auto" chose, or what was asked for.
-        planner: (documents, layout, window) -> Schedule.
+        planner: (documents, layout, window, stages) -> Schedule.
         windows: {window: number of layers}; None is full attention.
-        ulysses_size: ranks that exchange heads.
-        delivery: p2p | all_to_all, how the transfers travel.
+        delivery: p2p | all_to_all | all_gather, how the transfers travel; auto: the fastest one, stage by stage.
         shape, hardware: what the modelled seconds and bytes are for.
+        stages: parts in which remote rows arrive.
+        max_remote_rows: rows of other ranks that a rank holds at once; more stages keep to it. None: no limit.
+        ulysses_size: ranks that exchange heads.
     """
 
     documents: Documents
@@ -42,9 +46,11 @@ class Plan:
     windows: Mapping[Window, int]
     delivery: str
     shape: cost.Shape
-    hardware: cost.Hardware
+    hardware: Hardware
+    stages: int = 1
+    max_remote_rows: int | None = None
     ulysses_size: int = 1
-    _schedules: dict[Window, Schedule] = dataclasses.field(default_factory=dict, repr=False)
+    _schedules: dict[Window, Schedule] = dataclasses.field(default_factory=dict, init=False, repr=False)
     # What the runtime derives from a plan (compiled programs, device tensors) lives as long as the plan.
     derived: dict[object, object] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -68,12 +74,57 @@ class Plan:
         return self.placement.rows(rank)
 
     def schedule(self, window: Window = None) -> Schedule:
-        """The schedule of layers with this window; derived once."""
+        """The schedule of layers with this window; derived once.
+
+        Raises:
+            ConfigError: no number of stages keeps to `max_remote_rows`.
+        """
         if window is not None and window >= int(self.documents.lengths.max()):
             window = None
         if window not in self._schedules:
-            self._schedules[window] = self.planner(self.documents, self.placement, window)
+            made = self._within_budget(window)
+            steps = tuple(self._delivered(step) for step in made.steps)
+            self._schedules[window] = dataclasses.replace(made, steps=steps)
         return self._schedules[window]
+
+    def _within_budget(self, window: Window) -> Schedule:
+        """As many stages as asked for or, two of them held at a time, as `max_remote_rows` needs."""
+        made = self.planner(self.documents, self.placement, window, self.stages)
+        received, limit = _held(made, self.cp_size), self.max_remote_rows
+        if limit is None or received <= limit:
+            return made
+        # Parts are not always equal: a window layer receives what it needs of one document at once.
+        for finer in (1, 2, 4, 16):
+            stages = -(-received * finer // (limit // 2))
+            made = self.planner(self.documents, self.placement, window, max(stages, self.stages))
+            made = dataclasses.replace(made, slots=min(2, made.stages))
+            if _held(made, self.cp_size) <= limit:
+                return made
+        raise ConfigError(
+            f"max_remote_rows={limit}: with {self.strategy}{'' if window is None else f' and window {window}'} a rank "
+            f"still holds {_held(made, self.cp_size)} rows of others in {made.stages} stages.\n"
+            "  Raise max_remote_rows, or use strategy sap."
+        )
+
+    def _delivered(self, step: Step) -> Step:
+        """The step with the delivery asked for, or the one with the least modelled time there and back."""
+        if not len(step.transfers):
+            return step
+        names = (self.delivery,)
+        if self.delivery == "auto":
+            names = ("p2p", "all_to_all", *(("all_gather",) if self.strategy == "all_gather" else ()))
+        ways = [dataclasses.replace(step, delivery=name) for name in names]
+        return ways[0] if len(ways) == 1 else min(ways, key=self._wire)
+
+    def _wire(self, step: Step) -> float:
+        there = cost.wire_seconds(step, self.cp_size, self.shape, self.hardware)
+        back = cost.wire_seconds(step, self.cp_size, self.shape, self.hardware, returning=True)
+        return float(there.max() + back.max())
+
+    @property
+    def deliveries(self) -> tuple[str, ...]:
+        """How each stage of a layer with the widest window travels."""
+        return tuple(step.delivery for step in self.widest.steps if len(step.transfers))
 
     @property
     def widest(self) -> Schedule:
@@ -112,12 +163,28 @@ class Plan:
         return self.documents.rows * (self.cp_size - 1)
 
     @functools.cached_property
+    def layer_seconds(self) -> cost.Seconds:
+        """(W,) modelled seconds of all layers in `windows`, forward and backward, compute and waiting."""
+        layers = [
+            (count, cost.layer_seconds(self.schedule(window), self.cp_size, self.shape, self.hardware))
+            for window, count in self.windows.items()
+        ]
+        return cost.Seconds(
+            *(
+                sum((count * getattr(layer, field.name) for count, layer in layers), np.zeros(self.cp_size))
+                for field in dataclasses.fields(cost.Seconds)
+            )
+        )
+
+    @functools.cached_property
     def seconds(self) -> float:
-        """Modelled seconds of the slowest rank, forward, over the layers in `windows`."""
-        total = np.zeros(self.cp_size)
-        for window, count in self.windows.items():
-            total += count * cost.seconds(self.schedule(window), self.cp_size, self.shape, self.hardware)
-        return float(total.max())
+        """Modelled seconds of the slowest rank, forward and backward, over the layers in `windows`."""
+        return float(self.layer_seconds.total.max())
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of these, what the busiest rank computes: no stages and no delivery can be faster."""
+        return float((self.layer_seconds.forward + self.layer_seconds.backward).max())
 
     @property
     def peak_bytes(self) -> int:
@@ -128,12 +195,14 @@ class Plan:
     def digest(self) -> int:
         """64-bit identity of placement, schedules and delivery: equal digests mean equal plans."""
         state = hashlib.blake2b(digest_size=8)
-        state.update(f"{self.strategy} {self.delivery} {self.ulysses_size} {self.cp_size}".encode())
+        state.update(f"{self.strategy} {self.ulysses_size} {self.cp_size}".encode())
         state.update(self.documents.cu_seqlens.astype("<i8").tobytes())
         state.update(self.placement.segments.astype("<i8").tobytes())
         for window in sorted(self.windows, key=lambda w: -1 if w is None else w):
-            state.update(f"window {window}".encode())
-            for step in self.schedule(window).steps:
+            schedule = self.schedule(window)
+            state.update(f"window {window} slots {schedule.slots}".encode())
+            for step in schedule.steps:
+                state.update(step.delivery.encode())
                 state.update(step.transfers.astype("<i8").tobytes())
                 state.update(step.tiles.astype("<i8").tobytes())
         return int.from_bytes(state.digest(), "little")
@@ -159,3 +228,14 @@ def _placement_bound(lengths: Int64, rows_per_rank: int, window: Window) -> int:
         # Each of the m-1 borders inside a document needs at least one row from its other side.
         return int((ranks - 1).sum()) if window > 1 else 0
     return int((((ranks - 1) * (2 * lengths - rows_per_rank * ranks) + 1) // 2).sum())
+
+
+def _held(schedule: Schedule, cp_size: int) -> int:
+    """Rows of other ranks that the fullest rank has room for: its slots, each as large as its largest stage."""
+    rows = np.zeros((schedule.stages, cp_size), np.int64)
+    for stage, step in zip(rows, (step for step in schedule.steps if len(step.transfers)), strict=True):
+        np.add.at(stage, step.transfers[:, DESTINATION], step.transfers[:, STOP] - step.transfers[:, START])
+    if not len(rows):
+        return 0
+    slots = schedule.slots or len(rows)
+    return int(np.stack([rows[i::slots].max(axis=0) for i in range(slots)]).sum(axis=0).max())

@@ -1,9 +1,9 @@
 """Program: a schedule compiled for one rank, down to buffer offsets.
 
-(Plan, window, rank) -> Program. The K/V buffer of a rank holds its own C rows first and what it receives behind them.
-A Program says which rows are sent and where received ones land (Exchange), which rows attend to which (Call), and in
-which order all of it happens (operations). The executor does exactly that list. numpy only: `sap-hf plan --program
-RANK` prints it.
+(Plan, window, rank) -> Program. The K/V buffer of a rank holds its own C rows first and what it receives behind them
+(an all-gather brings all ranks' rows in rank order, its own in their midst). A Program says which rows are sent and
+where received ones land (Exchange), which rows attend to which (Call), and in which order all of it happens
+(operations). The executor does exactly that list. numpy only: `sap-hf plan --program RANK` prints it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sap_hf.planning.schedule import (
     DESTINATION,
     K_START,
     K_STOP,
+    NO_TILES,
     Q_START,
     Q_STOP,
     RANK,
@@ -27,6 +28,8 @@ from sap_hf.planning.schedule import (
     START,
     STOP,
     Step,
+    is_full,
+    tile_pairs,
 )
 
 Kind = Literal["post", "wait", "attend", "post_return", "wait_return"]
@@ -63,7 +66,10 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """One kernel call: segment i lets q rows [cu_q[i], cu_q[i+1]) read k rows [cu_k[i], cu_k[i+1])."""
+    """One kernel call: segment i lets q rows [cu_q[i], cu_q[i+1]) read k rows [cu_k[i], cu_k[i+1]).
+
+    `q` counts the rank's own rows, `k` the rows of the K/V buffer.
+    """
 
     causal: bool
     q: Rows
@@ -81,16 +87,23 @@ class Message:
     stop: int
 
 
+def rows_in(messages: tuple[Message, ...]) -> int:
+    """Rows of all messages."""
+    return sum(m.stop - m.start for m in messages)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Exchange:
-    """What one step moves to and from this rank.
+    """What one stage moves to and from this rank.
 
     Attributes:
-        sends: own rows per peer. With all_to_all, ranges of `packed` instead.
+        delivery: p2p | all_to_all | all_gather.
+        sends: buffer rows per peer; with all_to_all, ranges of `packed` instead.
         receives: buffer rows per peer.
-        packed: own rows to gather before sending (all_to_all), or None when the ranges are sent as they lie (p2p).
+        packed: buffer rows to gather before sending (all_to_all), or None when they are sent as they lie.
     """
 
+    delivery: str
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
     packed: Int64 | None
@@ -112,28 +125,41 @@ class Program:
     """All that one rank does for one attention layer, forward and backward.
 
     Attributes:
-        own_rows: C. buffer_rows: C plus the rows received.
+        own: the buffer rows that are this rank's own, C of them. buffer_rows: these and room for what is received.
+        slots: exchanges whose rows are held at once; exchange i + slots overwrites exchange i.
         forward, backward: the order of operations; `backward` fetches remote K/V again, `backward_kept` has it still.
     """
 
     rank: int
     cp_size: int
     window: Window
-    delivery: str
-    own_rows: int
+    own: slice
     buffer_rows: int
+    slots: int
     exchanges: tuple[Exchange, ...]
     calls: tuple[Call, ...]
     forward: tuple[Operation, ...]
     backward: tuple[Operation, ...]
     backward_kept: tuple[Operation, ...]
 
+    @property
+    def return_rows(self) -> tuple[tuple[int, int], ...]:
+        """For each slot, the most rows of dK/dV that leave in one exchange, and that come home."""
+        return tuple(
+            (
+                max((rows_in(e.receives) for e in turn), default=0),
+                max((rows_in(e.sends) for e in turn), default=0),
+            )
+            for turn in (self.exchanges[slot :: self.slots] for slot in range(self.slots))
+        )
+
     def __str__(self) -> str:
         lines = [
-            f"rank {self.rank} of {self.cp_size}: {self.own_rows} own rows, "
-            f"{self.buffer_rows - self.own_rows} received, delivery {self.delivery}, window {self.window}"
+            f"rank {self.rank} of {self.cp_size}: rows [{self.own.start}, {self.own.stop}) of {self.buffer_rows} are "
+            f"its own, window {self.window}"
         ]
         for i, exchange in enumerate(self.exchanges):
+            lines.append(f"exchange {i}: {exchange.delivery}")
             for word, messages in (("send", exchange.sends), ("receive", exchange.receives)):
                 for m in messages:
                     way = "to" if word == "send" else "from"
@@ -159,66 +185,100 @@ def compile_program(plan: Plan, rank: int, window: Window = None) -> Program:
         theirs = pieces.rank == source
         local_of[source] = (pieces.start[theirs], pieces.local[theirs])
 
+    stages = [step for step in schedule.steps if len(step.transfers)]
+    gathers = any(step.delivery == "all_gather" for step in stages)
+    own_start = rank * plan.rows_per_rank if gathers else 0
+    held[:, 2] += own_start
+    slots = schedule.slots or max(len(stages), 1)
+    room = [0] * slots
+    for i, step in enumerate(stages):
+        room[i % slots] = max(room[i % slots], _received(step, rank, plan))
+    base = [0 if gathers else plan.rows_per_rank + sum(room[:slot]) for slot in range(slots)]
+
     exchanges: list[Exchange] = []
     calls: list[Call] = []
-    stages: list[tuple[int | None, list[int]]] = []
-    size = plan.rows_per_rank
-    for step in schedule.steps:
-        at = None
-        if len(step.transfers):
-            exchange, arrived, size = _exchange(step, rank, plan.cp_size, plan.delivery, local_of, size)
-            held = np.concatenate([held, arrived])
-            exchanges.append(exchange)
-            at = len(exchanges) - 1
-        held = held[np.argsort(held[:, 0], kind="stable")]
-        made = _calls(step, rank, held)
-        stages.append((at, list(range(len(calls), len(calls) + len(made)))))
+
+    def add(tiles: Int64, held: Int64) -> list[int]:
+        made = _calls(tiles[tiles[:, RANK] == rank], held[np.argsort(held[:, 0], kind="stable")], own_start)
         calls.extend(made)
-    forward, backward, kept = _order(stages)
+        return list(range(len(calls) - len(made), len(calls)))
+
+    local = np.concatenate([NO_TILES, *(step.tiles for step in schedule.steps if not len(step.transfers))])
+    local = local[local[:, RANK] == rank]
+    own_calls = add(local, held)
+    early, late = _halves(local, schedule.window) if stages else (NO_TILES, local)
+    halves = (add(early, held), add(late, held)) if len(early) else ([], own_calls)
+    remote = []
+    for step in stages:
+        at = base[len(exchanges) % slots]
+        exchange, arrived = _exchange(step, rank, plan, local_of, own_start, at)
+        exchanges.append(exchange)
+        remote.append(add(step.tiles, np.concatenate([held, arrived])))
     return Program(
         rank=rank,
         cp_size=plan.cp_size,
         window=schedule.window,
-        delivery=plan.delivery,
-        own_rows=plan.rows_per_rank,
-        buffer_rows=size,
+        own=slice(own_start, own_start + plan.rows_per_rank),
+        buffer_rows=sum(room) + (0 if gathers else plan.rows_per_rank),
+        slots=slots,
         exchanges=tuple(exchanges),
         calls=tuple(calls),
-        forward=forward,
-        backward=backward,
-        backward_kept=kept,
+        forward=_forward(own_calls, remote, slots),
+        backward=_backward(*halves, remote, slots),
+        backward_kept=_backward([], own_calls, remote, slots, fetch=False),
     )
 
 
+def _received(step: Step, rank: int, plan: Plan) -> int:
+    """Buffer rows that the stage fills on this rank; an all-gather also writes the rank's own rows and padding."""
+    if step.delivery == "all_gather":
+        return plan.rows_per_rank * plan.cp_size
+    incoming = step.transfers[step.transfers[:, DESTINATION] == rank]
+    return int((incoming[:, STOP] - incoming[:, START]).sum())
+
+
+def _halves(tiles: Int64, window: Window) -> tuple[Int64, Int64]:
+    """Local tiles in two parts of about the same work: one hides the second fetch, one what travels home."""
+    upto = np.concatenate([[0], np.cumsum(tile_pairs(tiles, window))])
+    middle = int(np.abs(2 * upto - upto[-1])[:-1].argmin()) if len(tiles) else 0
+    return tiles[:middle], tiles[middle:]
+
+
 def _exchange(
-    step: Step, rank: int, cp_size: int, delivery: str, local_of: Int64, size: int
-) -> tuple[Exchange, Int64, int]:
-    """This rank's messages, where received rows land [(start, stop, buffer row)], and the buffer's new size."""
-    packed = delivery == "all_to_all"
-    transfers = step.transfers
+    step: Step, rank: int, plan: Plan, local_of: Int64, own_start: int, base: int
+) -> tuple[Exchange, Int64]:
+    """This rank's messages, and where received rows land [(start, stop, buffer row)], the first one at `base`."""
+    transfers, size = step.transfers, plan.rows_per_rank
     incoming = transfers[transfers[:, DESTINATION] == rank]
+    if step.delivery == "all_gather":
+        slots = incoming[:, SOURCE] * size + _local(local_of, incoming[:, SOURCE], incoming[:, START])
+        arrived = np.stack([incoming[:, START], incoming[:, STOP], slots], axis=1)
+        others = [peer for peer in range(plan.cp_size) if peer != rank]
+        sends = tuple(Message(peer, own_start, own_start + size) for peer in others)
+        receives = tuple(Message(peer, peer * size, (peer + 1) * size) for peer in others)
+        return Exchange(step.delivery, sends, receives, None), arrived
+    packed = step.delivery == "all_to_all"
     # In row order a tile's remote keys lie side by side and are read as they came; a packed message is one per source.
     keys = (incoming[:, START], incoming[:, SOURCE]) if packed else (incoming[:, START],)
     incoming = incoming[np.lexsort(keys)]
     rows = incoming[:, STOP] - incoming[:, START]
-    slots = size + np.cumsum(rows) - rows
+    slots = base + np.cumsum(rows) - rows
     arrived = np.stack([incoming[:, START], incoming[:, STOP], slots], axis=1)
     outgoing = transfers[transfers[:, SOURCE] == rank]
     outgoing = outgoing[np.lexsort((outgoing[:, START], outgoing[:, DESTINATION]))]
-    own = _local(local_of, np.full(len(outgoing), rank), outgoing[:, START])
+    own = own_start + _local(local_of, np.full(len(outgoing), rank), outgoing[:, START])
     sizes = outgoing[:, STOP] - outgoing[:, START]
     far = _local(local_of, incoming[:, SOURCE], incoming[:, START])
     if packed:
         at = np.cumsum(sizes) - sizes
         sends = _merge(outgoing[:, DESTINATION], at, at, sizes)
         receives = _merge(incoming[:, SOURCE], slots, slots, rows)
-        index = _spans(own, sizes)
-        return Exchange(sends, receives, index), arrived, size + int(rows.sum())
+        return Exchange(step.delivery, sends, receives, _spans(own, sizes)), arrived
     # Sender and receiver must cut runs alike: a run ends where rows are no longer neighbours on either side. The
     # receiver's slots are neighbours exactly where its sorted rows are, so both can be told from the transfers.
-    sends = _runs(transfers, rank, local_of, cp_size)
+    sends = _runs(transfers, rank, local_of, plan.cp_size)
     receives = _merge(incoming[:, SOURCE], slots, far, rows)
-    return Exchange(sends, receives, None), arrived, size + int(rows.sum())
+    return Exchange(step.delivery, sends, receives, None), arrived
 
 
 def _runs(transfers: Int64, rank: int, local_of: Int64, cp_size: int) -> tuple[Message, ...]:
@@ -284,10 +344,9 @@ def _lookup(held: Int64, start: Int64, stop: Int64) -> tuple[Int64, Int64]:
     return index, sizes
 
 
-def _calls(step: Step, rank: int, held: Int64) -> list[Call]:
-    """Kernel calls of one step: the causal tiles in one, the full ones in another."""
-    tiles = step.tiles[step.tiles[:, RANK] == rank]
-    full = tiles[:, K_STOP] <= tiles[:, Q_START]
+def _calls(tiles: Int64, held: Int64, own_start: int) -> list[Call]:
+    """Kernel calls for one rank's tiles: the causal ones in one, the full ones in another."""
+    full = is_full(tiles)
     calls = []
     for causal, chosen in ((True, tiles[~full]), (False, tiles[full])):
         if not len(chosen):
@@ -306,7 +365,7 @@ def _calls(step: Step, rank: int, held: Int64) -> list[Call]:
             new[1:] = (np.diff(chosen[:, K_START]) != 0) | (np.diff(chosen[:, K_STOP]) != 0)
         k, k_sizes = _lookup(held, chosen[new, K_START], chosen[new, K_STOP])
         q_sizes = np.add.reduceat(q_sizes, np.flatnonzero(new))
-        calls.append(Call(causal, Rows.of(q), Rows.of(k), _borders(q_sizes), _borders(k_sizes)))
+        calls.append(Call(causal, Rows.of(q - own_start), Rows.of(k), _borders(q_sizes), _borders(k_sizes)))
     return calls
 
 
@@ -314,30 +373,32 @@ def _borders(sizes: Int64) -> Int64:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
 
-def _order(stages: list[tuple[int | None, list[int]]]) -> tuple[tuple[Operation, ...], ...]:
-    """Forward, backward with a second fetch, backward with remote K/V kept.
+def _forward(local: list[int], remote: list[list[int]], slots: int) -> tuple[Operation, ...]:
+    """As many exchanges as there are slots are posted first; each stage's calls run as soon as its rows are there."""
+    order = [Operation("post", at) for at in range(min(slots, len(remote)))]
+    order += [Operation("attend", call) for call in local]
+    for at, calls in enumerate(remote):
+        order.append(Operation("wait", at))
+        order += [Operation("attend", call) for call in calls]
+        if at + slots < len(remote):
+            order.append(Operation("post", at + slots))
+    return tuple(order)
 
-    Forward: everything is posted first, each step's calls run as soon as its rows are there. Backward: the steps that
-    received run first, so that dK/dV travel home while the local calls run; a first part of the local calls hides the
-    second fetch.
-    """
-    posts = [at for at, _ in stages if at is not None]
-    forward: list[Operation] = [Operation("post", at) for at in posts]
-    for at, calls in stages:
-        forward += [Operation("wait", at)] if at is not None else []
-        forward += [Operation("attend", call) for call in calls]
-    local = [Operation("attend", call) for at, calls in stages if at is None for call in calls]
-    early, late = (local[1:], local[:1]) if posts else ([], local)
 
-    def backward(fetch: bool) -> tuple[Operation, ...]:
-        order = [Operation("post", at) for at in posts] if fetch else []
-        order += early
-        for at, calls in stages:
-            if at is None:
-                continue
-            order += [Operation("wait", at)] if fetch else []
-            order += [Operation("attend", call) for call in calls]
-            order += [Operation("post_return", at)]
-        return (*order, *late, *(Operation("wait_return", at) for at in posts))
-
-    return tuple(forward), backward(True), backward(False)
+def _backward(
+    early: list[int], late: list[int], remote: list[list[int]], slots: int, fetch: bool = True
+) -> tuple[Operation, ...]:
+    """The early local calls hide the fetch. Then the stages, so that dK/dV travel home while the late calls run."""
+    order = [Operation("post", at) for at in range(min(slots, len(remote)))] if fetch else []
+    order += [Operation("attend", call) for call in early]
+    for at, calls in enumerate(remote):
+        order += [Operation("wait", at)] if fetch else []
+        order += [Operation("attend", call) for call in calls]
+        # As with what is fetched, what goes home is held for so many stages at once.
+        order += [Operation("wait_return", at - slots)] if at >= slots else []
+        order.append(Operation("post_return", at))
+        if fetch and at + slots < len(remote):
+            order.append(Operation("post", at + slots))
+    order += [Operation("attend", call) for call in late]
+    order += [Operation("wait_return", at) for at in range(max(len(remote) - slots, 0), len(remote))]
+    return tuple(order)

@@ -43,8 +43,8 @@ def picture(plan: Plan) -> str:
         f"at least {plan.lower_bound_rows:,}"
     )
     lines.append(
-        f"imbalance {plan.imbalance:.2f} (busiest rank / mean), modelled {plan.seconds * 1e3:.3g} ms per forward on "
-        f"{plan.hardware.name}, peak {_size(plan.peak_bytes)} per rank"
+        f"imbalance {plan.imbalance:.2f} (busiest rank / mean), modelled {plan.seconds * 1e3:.3g} ms forward and "
+        f"backward on {plan.hardware.name}, peak {_size(plan.peak_bytes)} per rank"
     )
     return "\n".join(lines)
 
@@ -59,7 +59,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "strategy": plan.strategy,
         "layout": plan.layout,
-        "delivery": plan.delivery,
+        "deliveries": list(plan.deliveries),
         "ulysses_size": plan.ulysses_size,
         "cp_size": plan.cp_size,
         "rows": plan.documents.rows,

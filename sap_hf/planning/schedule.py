@@ -1,7 +1,8 @@
 """Schedule: what moves, and what is computed once it has arrived.
 
-A Schedule is a sequence of Steps. A Step's transfers are received, then its tiles are computed. Both are plain
-int64 arrays, so that a plan for a thousand ranks is still a few megabytes and a hash of its bytes is its identity.
+A Schedule is a sequence of Steps. A Step's transfers are received, then its tiles are computed; a Step that receives
+is also called a stage. Both are plain int64 arrays, so that a plan for a thousand ranks is still a few megabytes and a
+hash of its bytes is its identity.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sap_hf.planning.documents import Int64
 
@@ -28,11 +30,15 @@ class Step:
         transfers: (n, 4) int64 columns source, destination, start, stop: these rows go from rank to rank.
         tiles: (m, 5) int64 columns rank, q_start, q_stop, k_start, k_stop, inside one document: on `rank`, query
             row q reads key row k iff k <= q and, with a window, q - k < window. Either all keys lie before the
-            queries (a full tile) or both end at the same row (a causal tile).
+            queries (a full tile) or both end at the same row (a causal tile). The keys are the rank's own rows and
+            those that this step's transfers bring.
+        delivery: how the transfers travel: p2p (a group of messages, one per run of rows), all_to_all (one uneven
+            collective, rows packed per peer) or all_gather (every row to every rank).
     """
 
     transfers: Int64
     tiles: Int64
+    delivery: str = "p2p"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,10 +47,17 @@ class Schedule:
 
     Attributes:
         window: keys that a query sees, itself included; None for all of its document.
+        slots: stages whose received rows are held at once; stage i + slots overwrites stage i. None holds all.
     """
 
     window: int | None
     steps: tuple[Step, ...]
+    slots: int | None = None
+
+    @property
+    def stages(self) -> int:
+        """Steps that receive something."""
+        return sum(len(step.transfers) > 0 for step in self.steps)
 
     @property
     def transfers(self) -> Int64:
@@ -71,6 +84,12 @@ class Schedule:
         tiles = self.tiles
         np.add.at(total, tiles[:, RANK], tile_pairs(tiles, self.window))
         return total
+
+
+def is_full(tiles: Int64) -> NDArray[np.bool_]:
+    """(m,) whether all keys of a tile lie before its queries."""
+    full: NDArray[np.bool_] = tiles[:, K_STOP] <= tiles[:, Q_START]
+    return full
 
 
 def tile_pairs(tiles: Int64, window: int | None) -> Int64:

@@ -17,9 +17,11 @@ import torch.distributed as dist
 
 from sap_hf.errors import ConfigError, TensorError
 from sap_hf.kernels import Kernel, pick
-from sap_hf.planning import Plan
+from sap_hf.planning import Plan, Program
 from sap_hf.runtime import transport
+from sap_hf.runtime.arena import Arena, arena
 from sap_hf.runtime.device_program import DeviceProgram, load
+from sap_hf.runtime.exchange import collect, fetch, send_home
 from sap_hf.runtime.group import resolve, warm
 
 # The answer is the same for every layer and batch; looking for installed kernels is not free.
@@ -109,8 +111,14 @@ def attention(
         softcap=softcap,
         window=window,
     )
+    loaded = load(plan, rank, window, q.device)
+    if remote_kv == "keep" and loaded.program.slots < len(loaded.program.exchanges):
+        raise ConfigError(
+            f"remote_kv='keep' holds all remote rows, but the plan has max_remote_rows={plan.max_remote_rows}.\n"
+            "  Use remote_kv='refetch', or a plan without max_remote_rows."
+        )
     layer = Layer(
-        loaded=load(plan, rank, window, q.device),
+        loaded=loaded,
         kernel=chosen,
         group=process_group,
         scale=1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
@@ -128,11 +136,13 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, layer: Layer
     ) -> torch.Tensor:
         kept, buffer = layer.kept, None
+        # Under checkpointing the recompute has no buffer to keep: it must save what the forward saved.
+        keep = layer.keep_remote_kv and kept is None and len(layer.loaded.program.exchanges) > 0
         if kept is not None and kept.tensors is not None:
             (out, lse), kept.tensors = kept.tensors, None
         else:
             with torch.autocast(q.device.type, enabled=False):
-                out, lse, buffer = _forward(q, k, v, layer)
+                out, lse, buffer = _forward(q, k, v, layer, keep)
                 if sinks is not None:
                     # A sink is one more part with out = 0: merging it only shrinks what is there.
                     with_sink = torch.logaddexp(lse, sinks.to(lse.dtype))
@@ -141,9 +151,7 @@ class _Attention(torch.autograd.Function):
                 out = out.to(q.dtype)
             if kept is not None:
                 kept.tensors = (out.detach(), lse)
-        # Under checkpointing the recompute has no buffer to keep: it must save what the forward saved.
-        keep = layer.keep_remote_kv and kept is None and len(layer.loaded.program.exchanges) > 0
-        ctx.save_for_backward(q, k, v, out, lse, sinks, buffer if keep else None)
+        ctx.save_for_backward(q, k, v, out, lse, sinks, buffer)
         ctx.layer = layer
         return out
 
@@ -162,18 +170,20 @@ class _Attention(torch.autograd.Function):
 
 
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Layer
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out (C, H, Dv) and lse (C, H) in the accumulation dtype, and the K/V buffer with the rows received."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Layer, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """out (C, H, Dv) and lse (C, H) in the accumulation dtype, and the K/V buffer with what was received, if kept."""
     loaded, width = layer.loaded, k.shape[-1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    buffer = _buffer(k, v, loaded.program.buffer_rows)
+    row = k.shape[1] * (k.shape[2] + v.shape[2])
+    space = None if keep else arena(q, {k.dtype: loaded.program.buffer_rows * row})
+    buffer = _buffer(k, v, loaded.program, space)
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[-1], dtype=wide, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
     pending: dict[int, transport.Pending] = {}
     for operation in loaded.program.forward:
         if operation.kind == "post":
-            pending[operation.at] = _fetch(buffer, operation.at, layer)
+            pending[operation.at] = fetch(buffer, loaded, operation.at, layer.group)
         elif operation.kind == "wait":
             pending.pop(operation.at).wait()
         else:
@@ -183,7 +193,7 @@ def _forward(
                 call.q.take(q), keys[..., :width], keys[..., width:], call.segments, **layer.kernel_options
             )
             call.q.merge_into(out, lse, *part)
-    return out, lse, buffer
+    return out, lse, buffer if keep else None
 
 
 def _backward(
@@ -200,23 +210,32 @@ def _backward(
     loaded, width = layer.loaded, k.shape[-1]
     program = loaded.program
     operations = program.backward if buffer is None else program.backward_kept
+    row = k.shape[1] * (k.shape[2] + v.shape[2])
+    wire = sum(map(sum, program.return_rows)) + (program.buffer_rows if buffer is None else 0)
+    sizes = {k.dtype: wire * row}
+    sizes[lse.dtype] = sizes.get(lse.dtype, 0) + program.buffer_rows * row
+    space = arena(q, sizes)
     if buffer is None:
-        buffer = _buffer(k, v, program.buffer_rows)
+        buffer = _buffer(k, v, program, space)
+    rooms = [
+        (space.take((leave, *buffer.shape[1:]), k.dtype), space.take((come, *buffer.shape[1:]), k.dtype))
+        for leave, come in program.return_rows
+    ]
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-    dkv = torch.zeros(buffer.shape, dtype=lse.dtype, device=q.device)
+    dkv = space.take(buffer.shape, lse.dtype).zero_()
     pending: dict[int, transport.Pending] = {}
-    home: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    home: dict[int, torch.Tensor] = {}
     for operation in operations:
         at = operation.at
         if operation.kind == "post":
-            pending[at] = _fetch(buffer, at, layer)
+            pending[at] = fetch(buffer, loaded, at, layer.group)
         elif operation.kind == "wait":
             pending.pop(at).wait()
         elif operation.kind == "post_return":
-            pending[at], home[at] = _return(dkv, buffer.dtype, at, layer)
+            pending[at], home[at] = send_home(dkv, loaded, at, layer.group, rooms[at % program.slots])
         elif operation.kind == "wait_return":
             pending.pop(at).wait()
-            _collect(dkv, home.pop(at)[0], at, layer)
+            collect(dkv, home.pop(at), loaded, at)
         else:
             call = loaded.calls[at]
             keys = call.k.take(buffer)
@@ -234,92 +253,21 @@ def _backward(
             rows.add_to(dq, part_q)
             call.k.add_to(dkv[..., :width], part_k)
             call.k.add_to(dkv[..., width:], part_v)
-    own = dkv[: program.own_rows]
-    return dq.to(q.dtype), own[..., :width].to(k.dtype), own[..., width:].to(v.dtype)
+    # A copy: what lies in the arena belongs to the next layer.
+    own = dkv[program.own]
+    return dq.to(q.dtype), own[..., :width].to(k.dtype, copy=True), own[..., width:].to(v.dtype, copy=True)
 
 
-def _buffer(k: torch.Tensor, v: torch.Tensor, rows: int) -> torch.Tensor:
-    """(rows, K, D + Dv): own K and V token by token, then room for what arrives. A run of rows is one message."""
-    buffer = torch.empty(rows, k.shape[1], k.shape[2] + v.shape[2], dtype=k.dtype, device=k.device)
-    buffer[: len(k), :, : k.shape[2]] = k
-    buffer[: len(k), :, k.shape[2] :] = v
+def _buffer(k: torch.Tensor, v: torch.Tensor, program: Program, space: Arena | None) -> torch.Tensor:
+    """(rows, K, D + Dv): own K and V token by token, and room for what arrives. A run of rows is one message."""
+    shape = (program.buffer_rows, k.shape[1], k.shape[2] + v.shape[2])
+    if space is None:
+        buffer = torch.empty(shape, dtype=k.dtype, device=k.device)
+    else:
+        buffer = space.take(shape, k.dtype)
+    buffer[program.own, :, : k.shape[2]] = k
+    buffer[program.own, :, k.shape[2] :] = v
     return buffer
-
-
-def _fetch(buffer: torch.Tensor, at: int, layer: Layer) -> transport.Pending:
-    """Start receiving the rows of exchange `at` into the buffer."""
-    exchange, index = layer.loaded.program.exchanges[at], layer.loaded.packed[at]
-    group = layer.group
-    assert group is not None, "an exchange needs a process group"
-    if index is None:
-        return transport.current().post(
-            [(m.peer, buffer[m.start : m.stop]) for m in exchange.sends],
-            [(m.peer, buffer[m.start : m.stop]) for m in exchange.receives],
-            group,
-        )
-    return transport.current().post_all_to_all(
-        buffer.index_select(0, index),
-        buffer[_span(exchange.receives)],
-        _rows_per_peer(exchange.sends, layer),
-        _rows_per_peer(exchange.receives, layer),
-        group,
-    )
-
-
-def _return(
-    dkv: torch.Tensor, wire: torch.dtype, at: int, layer: Layer
-) -> tuple[transport.Pending, tuple[torch.Tensor, torch.Tensor]]:
-    """Start sending dK/dV of received rows to their owners.
-
-    Returns the pending exchange, and (what comes home for own rows, what is sent), both alive until it is done.
-    """
-    exchange, index = layer.loaded.program.exchanges[at], layer.loaded.packed[at]
-    group = layer.group
-    assert group is not None, "an exchange needs a process group"
-    span = _span(exchange.receives)
-    leaving = dkv[span].to(wire)
-    rows = sum(m.stop - m.start for m in exchange.sends)
-    home = torch.empty(rows, *dkv.shape[1:], dtype=wire, device=dkv.device)
-    if index is not None:
-        pending = transport.current().post_all_to_all(
-            leaving,
-            home,
-            _rows_per_peer(exchange.receives, layer),
-            _rows_per_peer(exchange.sends, layer),
-            group,
-        )
-        return pending, (home, leaving)
-    receives, offset = [], 0
-    for m in exchange.sends:
-        receives.append((m.peer, home[offset : offset + m.stop - m.start]))
-        offset += m.stop - m.start
-    sends = [(m.peer, leaving[m.start - span.start : m.stop - span.start]) for m in exchange.receives]
-    return transport.current().post(sends, receives, group), (home, leaving)
-
-
-def _collect(dkv: torch.Tensor, home: torch.Tensor, at: int, layer: Layer) -> None:
-    """Add what came home to the gradients of own rows: one reader after the other, in rank order."""
-    exchange, index = layer.loaded.program.exchanges[at], layer.loaded.packed[at]
-    offset = 0
-    for m in exchange.sends:
-        part = home[offset : offset + m.stop - m.start].to(dkv.dtype)
-        offset += m.stop - m.start
-        if index is None:
-            dkv[m.start : m.stop] += part
-        else:
-            dkv.index_add_(0, index[m.start : m.stop], part)
-
-
-def _span(messages: Any) -> slice:
-    """The buffer rows that received messages fill together."""
-    return slice(messages[0].start, messages[-1].stop) if messages else slice(0, 0)
-
-
-def _rows_per_peer(messages: Any, layer: Layer) -> list[int]:
-    rows = [0] * layer.loaded.program.cp_size
-    for m in messages:
-        rows[m.peer] += m.stop - m.start
-    return rows
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, plan: Plan) -> None:

@@ -1,7 +1,7 @@
 """Transport: the only place that talks to torch.distributed while a layer runs.
 
 Tensors and peers -> a Pending to wait on. Nothing here builds a communicator: grouped point-to-point and the uneven
-all-to-all both use the group's existing one.
+all-to-all and the all-gather use the group's existing one.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ class Transport:
         """Start one uneven all-to-all over the rows of `send` and `receive`; every rank of the group takes part."""
         work = dist.all_to_all_single(receive, send, receive_rows, send_rows, group=group, async_op=True)
         return Pending([work], send, receive)
+
+    def post_all_gather(self, send: torch.Tensor, receive: torch.Tensor, group: dist.ProcessGroup) -> Pending:
+        """Start one all-gather of `send` into `receive`, in rank order; `send` may be its own part of `receive`."""
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        return Pending([gather(receive, send, group=group, async_op=True)], send, receive)
 
 
 _current = Transport()

@@ -14,9 +14,9 @@ from sap_hf.planning.schedule import NO_TRANSFERS, Schedule, Step
 from sap_hf.strategies.sap import tiles
 
 
-def all_gather(documents: Documents, layout: Layout, window: int | None = None) -> Schedule:
-    """Move every real row to every other rank."""
-    local, remote, _ = tiles(documents, cut(documents, layout), window)
+def all_gather(documents: Documents, layout: Layout, window: int | None = None, stages: int = 1) -> Schedule:
+    """Move every real row to every other rank, in one stage whatever `stages` says: a collective has no parts."""
+    local, remote, _, _ = tiles(documents, cut(documents, layout), window)
     source, start, stop = layout.segments.T
     stop = np.minimum(stop, documents.rows)
     ranks = np.arange(layout.cp_size)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from sap_hf.config import LAYOUTS, STRATEGIES, check_choice
+from sap_hf.config import (
+    DELIVERIES,
+    LAYOUTS,
+    STRATEGIES,
+    check_choice,
+    check_delivery,
+    check_remote_rows,
+)
 from sap_hf.errors import ConfigError, DocumentError, LayoutError
 from sap_hf.planning.balance import balanced, portfolio
-from sap_hf.planning.cost import Hardware, Shape, find_hardware
+from sap_hf.planning.cost import Shape
 from sap_hf.planning.documents import Documents, Int64
+from sap_hf.planning.hardware import Hardware, find_hardware
 from sap_hf.planning.layout import LAYOUTS as MAKERS
 from sap_hf.planning.layout import Layout
 from sap_hf.planning.plan import Plan, Planner, Window
@@ -17,9 +25,10 @@ from sap_hf.strategies.all_gather import all_gather
 from sap_hf.strategies.sap import sap
 
 PLANNERS: dict[str, Planner] = {"sap": sap, "all_gather": all_gather}
-# Grouped point-to-point sends one message per run of rows, without packing them first. Beyond this many runs per
-# rank, one packed all-to-all is cheaper.
-MESSAGES_PER_RANK = 32
+# Stage counts that are weighed: more stages hide more of the way behind remote work, and start more messages.
+STAGES = (2, 4)
+# Waiting below this part of the work is not worth weighing stages for.
+WAITING = 0.01
 
 
 def plan(
@@ -30,6 +39,8 @@ def plan(
     ulysses_size: int | str = 1,
     strategy: str = "auto",
     layout: str = "auto",
+    delivery: str = "auto",
+    max_remote_rows: int | None = None,
     window: int | Mapping[Window, int] | None = None,
     num_heads: int = 32,
     num_kv_heads: int = 8,
@@ -46,14 +57,16 @@ def plan(
         ulysses_size: of these, ranks that exchange heads instead of rows; 1 in this version.
         strategy: auto | sap | all_gather.
         layout: auto | contiguous | zigzag | balanced.
+        delivery: auto | p2p | all_to_all | all_gather (with strategy all_gather).
+        max_remote_rows: rows of other ranks that a rank holds at once, at least 2; None for no limit.
         window: keys a query sees, itself included, or {window: number of layers}; None is full attention.
         num_heads, num_kv_heads, head_dim, bytes_per_element: the layer, for modelled seconds and bytes.
-        hardware: a preset's name or a Hardware; None is h100 with 8 ranks per node.
+        hardware: a preset's name, a YAML file of its fields, or a Hardware; None is h100 with 8 ranks per node.
 
     Raises:
         DocumentError: lengths or cu_seqlens that do not describe whole documents, or both given.
         LayoutError: cp_size below 1, or heads that are not a multiple of the kv heads.
-        ConfigError: a strategy, layout, window or preset that does not exist.
+        ConfigError: a strategy, layout, delivery, window or preset that does not exist or cannot be combined.
     """
     if lengths is not None and cu_seqlens is None:
         documents = Documents.from_lengths(lengths)
@@ -67,7 +80,17 @@ def plan(
         raise LayoutError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}.")
     windows = dict(window) if isinstance(window, Mapping) else {window: 1}
     shape = Shape(num_heads, num_kv_heads, head_dim, bytes_per_element)
-    return make_plan(documents, cp_size, strategy, layout, windows, "auto", shape, find_hardware(hardware))
+    return make_plan(
+        documents,
+        cp_size,
+        strategy,
+        layout,
+        windows,
+        delivery,
+        shape,
+        find_hardware(hardware),
+        max_remote_rows,
+    )
 
 
 def make_plan(
@@ -79,36 +102,54 @@ def make_plan(
     delivery: str,
     shape: Shape,
     hardware: Hardware,
+    max_remote_rows: int | None = None,
 ) -> Plan:
-    """`plan` for documents that exist already; "auto" takes the least modelled time, the earlier name on a tie."""
+    """`plan` for documents that exist already; "auto" takes the least modelled time, the earlier one on a tie."""
     if isinstance(cp_size, bool) or not isinstance(cp_size, int) or cp_size < 1:
         raise LayoutError(f"cp_size={cp_size!r}: a pack is shared by at least one rank.")
     check_choice("strategy", strategy, STRATEGIES)
     check_choice("layout", layout, LAYOUTS)
+    check_choice("delivery", delivery, DELIVERIES)
+    check_delivery(strategy, delivery)
+    check_remote_rows(max_remote_rows)
     for window in windows:
         if window is not None and window < 1:
             raise ConfigError(f"window={window}: a query sees at least itself. Use None for full attention.")
     if not windows:
         raise ConfigError("window={} names no layer. Use None for full attention.")
-    # Moving needed rows only is never slower under the model than moving all of them.
-    chosen = "sap" if strategy == "auto" else strategy
-    plans = [
-        Plan(
+    if strategy == "auto" and delivery == "all_gather":
+        strategy = "all_gather"
+    first = "sap" if strategy == "auto" else strategy
+    best: Plan | None = None
+    for placement in placements(documents, cp_size, layout, windows):
+        made = Plan(
             documents=documents,
             placement=placement,
-            strategy=chosen,
-            planner=PLANNERS[chosen],
+            strategy=first,
+            planner=PLANNERS[first],
             windows=windows,
             delivery=delivery,
             shape=shape,
             hardware=hardware,
+            max_remote_rows=max_remote_rows,
         )
-        for placement in placements(documents, cp_size, layout, windows)
-    ]
-    best = plans[0] if len(plans) == 1 else min(plans, key=lambda candidate: candidate.seconds)
-    if delivery == "auto":
-        best = dataclasses.replace(best, delivery=_delivery(best))
+        # What the busiest rank computes, no schedule changes.
+        if best is None or made.busy_seconds < best.seconds:
+            made = min(_variants(made, strategy), key=lambda variant: variant.seconds)
+            best = made if best is None or made.seconds < best.seconds else best
+    assert best is not None
     return best
+
+
+def _variants(made: Plan, strategy: str) -> list[Plan]:
+    """The plan and, where a rank waits for rows in it, the same placement in more stages and as an all-gather."""
+    if made.strategy != "sap" or made.seconds <= (1 + WAITING) * made.busy_seconds:
+        return [made]
+    variants = [made, *(dataclasses.replace(made, stages=stages) for stages in STAGES)]
+    if strategy == "auto" and made.max_remote_rows is None:
+        gather = dataclasses.replace(made, strategy="all_gather", planner=all_gather)
+        variants.append(gather)
+    return variants
 
 
 def placements(
@@ -121,8 +162,3 @@ def placements(
         return [balanced(documents, cp_size, windows)]
     neighbours = [make(documents.rows, cp_size) for make in MAKERS.values()]
     return neighbours + portfolio(documents, cp_size, windows)
-
-
-def _delivery(plan: Plan) -> str:
-    transfers = plan.widest.transfers
-    return "p2p" if len(transfers) <= MESSAGES_PER_RANK * plan.cp_size else "all_to_all"

@@ -1,7 +1,7 @@
 """Sequence-aware: a rank receives exactly the rows that its tiles read.
 
-Documents, Layout -> Schedule of two steps: local tiles while the remote rows travel, then the tiles that read them.
-The idea of the HSAP paper (arXiv:2606.30460): devices exchange only what their documents share.
+Documents, Layout -> Schedule: local tiles while the remote rows travel, then, in one stage or several, the tiles that
+read them. The idea of the HSAP paper (arXiv:2606.30460): devices exchange only what their documents share.
 """
 
 from __future__ import annotations
@@ -10,22 +10,110 @@ import numpy as np
 
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.layout import Layout, Pieces, cut
-from sap_hf.planning.schedule import NO_TRANSFERS, Schedule, Step
+from sap_hf.planning.schedule import (
+    DESTINATION,
+    K_START,
+    K_STOP,
+    NO_TRANSFERS,
+    RANK,
+    START,
+    STOP,
+    Schedule,
+    Step,
+)
 
 
-def sap(documents: Documents, layout: Layout, window: int | None = None) -> Schedule:
-    """Move the rows that are read, each once per reader."""
+def sap(documents: Documents, layout: Layout, window: int | None = None, stages: int = 1) -> Schedule:
+    """Move the rows that are read, each once per reader.
+
+    Args:
+        stages: parts of about the same number of rows in which every reader receives: a part travels while the one
+            before it is computed. Nearer sources come first, counted around the ring, so that senders take turns. Under
+            a window all that a reader needs of one document comes in one part.
+    """
     pieces = cut(documents, layout)
-    local, remote, needed = tiles(documents, pieces, window)
-    return Schedule(window, (Step(NO_TRANSFERS, local), Step(_send(pieces, needed), remote)))
+    local, remote, needed, group = tiles(documents, pieces, window)
+    if stages == 1 or not len(needed):
+        steps = [Step(_send(pieces, needed)[0], remote)]
+    elif window is None:
+        steps = _stages(_send(pieces, needed)[0], remote, layout.cp_size, stages)
+    else:
+        steps = _window_stages(pieces, remote, needed, group, layout.cp_size, stages)
+    return Schedule(window, (Step(NO_TRANSFERS, local), *(step for step in steps if len(step.transfers))))
 
 
-def tiles(documents: Documents, pieces: Pieces, window: int | None) -> tuple[Int64, Int64, Int64]:
+def _stages(transfers: Int64, remote: Int64, cp_size: int, stages: int) -> list[Step]:
+    """Cut transfers so that every reader receives in `stages` equal parts, and the tiles that read them alike."""
+    source, destination, start, stop = transfers.T
+    order = np.lexsort((start, (destination - source) % cp_size, destination))
+    source, destination, start, stop = transfers[order].T
+    upto, total = _running(destination, stop - start, cp_size)
+    part = np.maximum(-(-total // stages), 1)[destination]
+    # Rows [upto - size, upto) of what the reader receives lie in the parts first .. last.
+    begin = upto - (stop - start)
+    first, last = begin // part, (upto - 1) // part
+    which, nth = _repeat(last - first + 1)
+    stage = first[which] + nth
+    low = start[which] + np.maximum(stage * part[which] - begin[which], 0)
+    high = start[which] + np.minimum((stage + 1) * part[which], upto[which]) - begin[which]
+    sent = np.stack([source[which], destination[which], low, high], axis=1)
+
+    # What lies side by side and arrives in one stage is one run of keys, whoever sent it.
+    order = np.lexsort((low, destination[which]))
+    reader, low, high, when = sent[order, DESTINATION], sent[order, START], sent[order, STOP], stage[order]
+    new = np.ones(len(order), bool)
+    new[1:] = (np.diff(reader) != 0) | (low[1:] != high[:-1]) | (np.diff(when) != 0)
+    end = np.append(np.flatnonzero(new)[1:] - 1, len(order) - 1)
+    reader, low, high, when = reader[new], low[new], high[end], when[new]
+    scale = int(max(stop.max(initial=0), remote[:, K_STOP].max(initial=0))) + 1
+    at = reader * scale + low
+    first = np.searchsorted(at, remote[:, RANK] * scale + remote[:, K_START])
+    last = np.searchsorted(at, remote[:, RANK] * scale + remote[:, K_STOP])
+    which, nth = _repeat(last - first)
+    run = first[which] + nth
+    tiles = remote[which]
+    tiles[:, K_START], tiles[:, K_STOP] = low[run], high[run]
+    return [Step(sent[stage == i], tiles[when[run] == i]) for i in range(stages)]
+
+
+def _window_stages(
+    pieces: Pieces, remote: Int64, needed: Int64, group: tuple[Int64, Int64], cp_size: int, stages: int
+) -> list[Step]:
+    """Groups of tiles, in order, so that every reader receives in `stages` parts of about the same size."""
+    of_tile, of_need = group
+    upto, total = _running(needed[:, 0], needed[:, 2] - needed[:, 1], cp_size)
+    middle = upto - (needed[:, 2] - needed[:, 1] + 1) // 2
+    stage_of = np.zeros(int(of_tile.max(initial=-1)) + 1, np.int64)
+    np.maximum.at(
+        stage_of, of_need, np.minimum(middle * stages // np.maximum(total, 1)[needed[:, 0]], stages - 1)
+    )
+    transfers, which = _send(pieces, needed)
+    when = stage_of[of_need[which]]
+    return [Step(transfers[when == i], remote[stage_of[of_tile] == i]) for i in range(stages)]
+
+
+def _running(rank: Int64, rows: Int64, cp_size: int) -> tuple[Int64, Int64]:
+    """Running total of `rows` per rank, whose entries lie together, and (W,) the totals."""
+    total = np.zeros(cp_size, np.int64)
+    np.add.at(total, rank, rows)
+    return np.cumsum(rows) - (np.cumsum(total) - total)[rank], total
+
+
+def _repeat(count: Int64) -> tuple[Int64, Int64]:
+    """i repeated count[i] times, and which repetition it is."""
+    which = np.repeat(np.arange(len(count)), count)
+    return which, np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
+
+
+def tiles(
+    documents: Documents, pieces: Pieces, window: int | None
+) -> tuple[Int64, Int64, Int64, tuple[Int64, Int64]]:
     """The tiles of every rank, and the row ranges that they need from others.
 
     Returns:
         local (m, 5): tiles that read only the rank's own rows. remote (n, 5): the others.
         needed (k, 3): columns rank, start, stop: ranges that the rank does not hold, disjoint per rank.
+        group (n,), (k,): the (rank, document) of each remote tile and needed range, numbered by rank.
     """
     # All pieces of one document on one rank, in row order, next to each other.
     order = np.lexsort((pieces.start, pieces.document, pieces.rank))
@@ -35,7 +123,7 @@ def tiles(documents: Documents, pieces: Pieces, window: int | None) -> tuple[Int
     return _window_tiles(documents, mine, window)
 
 
-def _causal_tiles(documents: Documents, mine: Pieces) -> tuple[Int64, Int64, Int64]:
+def _causal_tiles(documents: Documents, mine: Pieces) -> tuple[Int64, Int64, Int64, tuple[Int64, Int64]]:
     first, group = _groups(mine)
     # The gap before a piece: rows of its document, after the rank's previous piece, that other ranks hold.
     previous_stop = np.where(first, documents.cu_seqlens[mine.document], np.roll(mine.stop, 1))
@@ -45,11 +133,14 @@ def _causal_tiles(documents: Documents, mine: Pieces) -> tuple[Int64, Int64, Int
     ranges = [mine.rank[q], mine.start[q], mine.stop[q]]
     local = np.stack([*ranges, mine.start[k], mine.stop[k]], axis=1)
     remote = np.stack([*ranges, gap[k, 1], gap[k, 2]], axis=1)
-    return local, remote[gap[k, 2] > gap[k, 1]], gap[gap[:, 2] > gap[:, 1]]
+    some = gap[:, 2] > gap[:, 1]
+    return local, remote[some[k]], gap[some], (group[q][some[k]], group[some])
 
 
-def _window_tiles(documents: Documents, mine: Pieces, window: int) -> tuple[Int64, Int64, Int64]:
-    first, _ = _groups(mine)
+def _window_tiles(
+    documents: Documents, mine: Pieces, window: int
+) -> tuple[Int64, Int64, Int64, tuple[Int64, Int64]]:
+    first, group = _groups(mine)
     document_start = documents.cu_seqlens[mine.document]
     reach = np.maximum(document_start, mine.start - window + 1)
     # Rows whose window reaches past the piece's start wait for remote rows; the tail of the piece does not.
@@ -59,7 +150,8 @@ def _window_tiles(documents: Documents, mine: Pieces, window: int) -> tuple[Int6
     previous_stop = np.where(first, document_start, np.roll(mine.stop, 1))
     # What lies before the rank's previous piece, that piece has asked for already: its window reached further back.
     needed = np.stack([mine.rank, np.maximum(previous_stop, reach), mine.start], axis=1)
-    return local[mine.stop > head], remote[head > mine.start], needed[needed[:, 2] > needed[:, 1]]
+    some, reads = needed[:, 2] > needed[:, 1], head > mine.start
+    return local[mine.stop > head], remote[reads], needed[some], (group[reads], group[some])
 
 
 def _groups(mine: Pieces) -> tuple[Int64, Int64]:
@@ -80,20 +172,12 @@ def _lower_pairs(group: Int64) -> tuple[Int64, Int64]:
     return q, k
 
 
-def _send(pieces: Pieces, needed: Int64) -> Int64:
-    """Transfers that bring `needed` from the owners of its rows."""
+def _send(pieces: Pieces, needed: Int64) -> tuple[Int64, Int64]:
+    """Transfers that bring `needed` from the owners of its rows, and the range that each one is for."""
     rank, start, stop = needed.T
     first = np.searchsorted(pieces.start, start, side="right") - 1
     last = np.searchsorted(pieces.start, stop, side="left")
-    count = last - first
-    which = np.repeat(np.arange(len(needed)), count)
-    owner = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
-    return np.stack(
-        [
-            pieces.rank[owner],
-            rank[which],
-            np.maximum(start[which], pieces.start[owner]),
-            np.minimum(stop[which], pieces.stop[owner]),
-        ],
-        axis=1,
-    )
+    which, nth = _repeat(last - first)
+    owner = first[which] + nth
+    low, high = np.maximum(start[which], pieces.start[owner]), np.minimum(stop[which], pieces.stop[owner])
+    return np.stack([pieces.rank[owner], rank[which], low, high], axis=1), which

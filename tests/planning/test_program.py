@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sap_hf
+from sap_hf.errors import ConfigError
 from sap_hf.planning import compile_program
+from sap_hf.planning.program import rows_in
 from tests import oracles
-from tests.planning.cases import CORNERS, both, packs, ranks, windows
+from tests.planning.cases import CORNERS, LAYOUTS, both, packs, ranks, windows
 
 EMPTY = -1
-deliveries = st.sampled_from(["p2p", "all_to_all"])
 
 
 class Ranks:
@@ -24,9 +25,9 @@ class Ranks:
         self.programs = [compile_program(plan, rank, window) for rank in range(plan.cp_size)]
         self.buffers = []
         for rank, program in enumerate(self.programs):
-            assert program.own_rows == len(plan.rows(rank))
+            assert program.own.stop - program.own.start == len(plan.rows(rank))
             buffer = np.full(program.buffer_rows, EMPTY)
-            buffer[: program.own_rows] = plan.rows(rank)
+            buffer[program.own] = plan.rows(rank)
             self.buffers.append(buffer)
         assert len({len(program.exchanges) for program in self.programs}) == 1, "not every rank takes part"
 
@@ -34,11 +35,15 @@ class Ranks:
         """{peer: rows}, each message as [(first own row, rows)] in the order of sending."""
         program = self.programs[rank]
         exchange = program.exchanges[at]
-        source = np.arange(program.own_rows) if exchange.packed is None else exchange.packed
+        source = np.arange(program.buffer_rows) if exchange.packed is None else exchange.packed
         messages = {}
         for message in exchange.sends:
             assert message.stop > message.start
-            messages.setdefault(message.peer, []).append(source[message.start : message.stop])
+            rows = source[message.start : message.stop]
+            assert ((rows >= program.own.start) & (rows < program.own.stop)).all(), (
+                "sent by who does not own it"
+            )
+            messages.setdefault(message.peer, []).append(rows)
         return messages
 
     def exchange(self, at):
@@ -48,22 +53,27 @@ class Ranks:
             for rank in range(len(self.programs))
             for peer, messages in self.sent(rank, at).items()
         }
+        before = [buffer.copy() for buffer in self.buffers]
         for rank, program in enumerate(self.programs):
+            landed = np.zeros(program.buffer_rows, bool)
+            landed[program.own] = True
             for message in program.exchanges[at].receives:
                 rows = waiting[message.peer, rank].pop(0)
                 assert len(rows) == message.stop - message.start, (
                     "sender and receiver cut a message differently"
                 )
-                assert message.start >= program.own_rows
                 place = slice(message.start, message.stop)
-                assert (self.buffers[rank][place] == EMPTY).all(), "two messages land on one another"
-                self.buffers[rank][place] = self.buffers[message.peer][rows]
+                assert not landed[place].any(), "two messages land on one another, or on own rows"
+                assert at >= program.slots or (self.buffers[rank][place] == EMPTY).all()
+                landed[place] = True
+                self.buffers[rank][place] = before[message.peer][rows]
         assert not any(waiting.values()), "a message is sent and never received"
 
     def attend(self, rank, at, window, attended):
         """Paint the query-key pairs of one call."""
         call = self.programs[rank].calls[at]
-        queries, keys = self.buffers[rank][call.q.index], self.buffers[rank][call.k.index]
+        own = self.buffers[rank][self.programs[rank].own]
+        queries, keys = own[call.q.index], self.buffers[rank][call.k.index]
         assert (queries >= 0).all() and (keys >= 0).all(), (
             "a call reads a buffer row that nothing has reached"
         )
@@ -84,42 +94,55 @@ class Ranks:
             np.add.at(attended, (q[:, None], k[None, :]), seen)
 
 
-def together(plan, window):
-    """Run the forward of all ranks, one exchange after the other; the pairs attended to."""
-    everyone = Ranks(plan, window)
+def together(everyone, window, name):
+    """Run one of the lists of all ranks; the pairs attended to. An exchange moves once all ranks have posted it."""
     total = everyone.total
+    lists = [getattr(program, name) for program in everyone.programs]
     attended = np.zeros((total, total), dtype=np.int64)
     delivered = 0
-    places = [0] * len(everyone.programs)
-    # Every rank runs until it waits for an exchange that has not been delivered; then that one is.
-    while any(place < len(p.forward) for place, p in zip(places, everyone.programs)):
-        before = list(places)
-        posted = []
-        for rank, program in enumerate(everyone.programs):
-            while places[rank] < len(program.forward):
-                operation = program.forward[places[rank]]
+    places = [0] * len(lists)
+    while any(place < len(operations) for place, operations in zip(places, lists)):
+        before = (list(places), delivered)
+        for rank, operations in enumerate(lists):
+            while places[rank] < len(operations):
+                operation = operations[places[rank]]
                 if operation.kind == "wait" and operation.at >= delivered:
                     break
                 if operation.kind == "attend":
                     everyone.attend(rank, operation.at, window, attended)
                 places[rank] += 1
-            posted.append({op.at for op in program.forward[: places[rank]] if op.kind == "post"})
-        if delivered < len(everyone.programs[0].exchanges):
-            assert all(delivered in each for each in posted), "a rank waits before all have posted"
+        # At once, however early it was posted: rows that are overwritten while they are needed show.
+        posted = [
+            {op.at for op in operations[:place] if op.kind == "post"}
+            for place, operations in zip(places, lists)
+        ]
+        while all(delivered in each for each in posted):
             everyone.exchange(delivered)
             delivered += 1
-        assert places != before or delivered
-    return everyone, attended
+        assert (places, delivered) != before, "the ranks wait for each other"
+    return attended
 
 
-def hold(lengths, cp_size, strategy, layout, delivery, window):
-    plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, strategy=strategy, layout=layout, window=window)
-    plan = dataclasses.replace(plan, delivery=delivery)
-    everyone, attended = together(plan, window)
-    np.testing.assert_array_equal(attended, oracles.mask(lengths, window).astype(np.int64))
+def hold(lengths, cp_size, window, stages=1, **options):
+    plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, window=window, **options)
+    plan = dataclasses.replace(plan, stages=stages)
+    right = oracles.mask(lengths, window).astype(np.int64)
+    everyone = Ranks(plan, window)
+    np.testing.assert_array_equal(together(everyone, window, "forward"), right)
     for rank, program in enumerate(everyone.programs):
-        assert (everyone.buffers[rank] != EMPTY).all(), "a buffer row stays empty"
+        if "all_gather" not in plan.deliveries:
+            assert (everyone.buffers[rank] != EMPTY).all(), "a buffer row stays empty"
         hold_order(program)
+    if everyone.programs[0].slots >= len(everyone.programs[0].exchanges):
+        np.testing.assert_array_equal(together(everyone, window, "backward_kept"), right)
+    np.testing.assert_array_equal(together(Ranks(plan, window), window, "backward"), right)
+    for name in ("forward", "backward", "backward_kept"):
+        orders = {
+            tuple((op.kind, op.at) for op in getattr(program, name) if op.kind.startswith("post"))
+            for program in everyone.programs
+        }
+        assert len(orders) == 1, "ranks use the communicator in different orders"
+    return everyone
 
 
 def hold_order(program):
@@ -132,7 +155,6 @@ def hold_order(program):
     ):
         seen = [(operation.kind, operation.at) for operation in operations]
         assert len(seen) == len(set(seen)), "an operation runs twice"
-        assert {at for kind, at in seen if kind == "attend"} == set(range(len(program.calls)))
         expected = set(range(count)) if fetches else set()
         assert (
             {at for kind, at in seen if kind == "post"}
@@ -146,34 +168,96 @@ def hold_order(program):
         assert {at for kind, at in seen if kind == "wait_return"} == returns
         for at in returns:
             assert seen.index(("post_return", at)) < seen.index(("wait_return", at))
-            hold_reads(program, seen, at)
+            if at >= program.slots:
+                assert seen.index(("wait_return", at - program.slots)) < seen.index(("post_return", at))
+        if returns:
+            hold_reads(program, seen)
 
 
-def hold_reads(program, seen, at):
-    """No call that reads rows of exchange `at` runs after their gradients left."""
-    landed = {row for message in program.exchanges[at].receives for row in range(message.start, message.stop)}
-    for number, call in enumerate(program.calls):
-        if landed & set(call.k.index.tolist()):
-            assert seen.index(("attend", number)) < seen.index(("post_return", at))
+def hold_reads(program, seen):
+    """Every call that reads received rows runs while their exchange is the one whose gradients that slot gathers."""
+    called = [number for kind, number in seen if kind == "attend"]
+    for number in called:
+        read = set(program.calls[number].k.index.tolist()) - set(range(program.own.start, program.own.stop))
+        turn = seen.index(("attend", number))
+        for at, exchange in enumerate(program.exchanges):
+            landed = {row for message in exchange.receives for row in range(message.start, message.stop)}
+            before = at - program.slots
+            opened = before < 0 or seen.index(("post_return", before)) < turn
+            if opened and turn < seen.index(("post_return", at)):
+                read -= landed
+        assert not read, "gradients of received rows are added when nobody will send them home"
 
 
-@given(packs, ranks, both, deliveries, windows)
-def test_programs_of_all_ranks_fit_together(lengths, cp_size, names, delivery, window):
-    hold(lengths, cp_size, *names, delivery, window)
+ways = st.sampled_from(
+    [
+        {"strategy": "sap", "delivery": "p2p"},
+        {"strategy": "sap", "delivery": "all_to_all"},
+        {"strategy": "sap", "delivery": "p2p", "stages": 2},
+        {"strategy": "sap", "delivery": "all_to_all", "stages": 3},
+        {"strategy": "sap", "max_remote_rows": 40},
+        {"strategy": "all_gather", "delivery": "p2p"},
+        {"strategy": "all_gather", "delivery": "all_to_all"},
+        {"strategy": "all_gather", "delivery": "all_gather"},
+    ]
+)
 
 
-@pytest.mark.parametrize("delivery", ["p2p", "all_to_all"])
+@given(packs, ranks, st.sampled_from(LAYOUTS), ways, windows)
+def test_programs_of_all_ranks_fit_together(lengths, cp_size, layout, way, window):
+    hold(lengths, cp_size, window, layout=layout, **way)
+
+
+@pytest.mark.parametrize("delivery", ["p2p", "all_to_all", "all_gather"])
 @pytest.mark.parametrize("strategy", ["sap", "all_gather"])
 def test_programs_of_corner_packs_fit_together(strategy, delivery):
+    if strategy == "sap" and delivery == "all_gather":
+        with pytest.raises(ConfigError, match="moves every row"):
+            sap_hf.plan(lengths=[8], cp_size=2, strategy=strategy, delivery=delivery)
+        return
     for lengths, cp_size in CORNERS:
         for layout in ("contiguous", "zigzag"):
             for window in (None, 1, 3):
-                hold(lengths, cp_size, strategy, layout, delivery, window)
+                hold(lengths, cp_size, window, strategy=strategy, layout=layout, delivery=delivery)
+
+
+@given(packs, ranks, st.sampled_from(LAYOUTS), st.integers(2, 60))
+def test_a_budget_of_remote_rows_is_kept(lengths, cp_size, layout, limit):
+    options = {"lengths": lengths, "cp_size": cp_size, "strategy": "sap", "layout": layout}
+    free = sap_hf.plan(**options)
+    plan = sap_hf.plan(**options, max_remote_rows=limit)
+    np.testing.assert_array_equal(plan.rows_moved, free.rows_moved)
+    for rank in range(cp_size):
+        program = compile_program(plan, rank)
+        assert program.buffer_rows - plan.rows_per_rank <= limit
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_with_the_rows_that_it_would_need():
+    with pytest.raises(ConfigError, match=r"max_remote_rows=3: .* 12 rows of others"):
+        sap_hf.plan(lengths=[16], cp_size=4, strategy="all_gather", max_remote_rows=3)
+    with pytest.raises(ConfigError, match="window 9"):
+        sap_hf.plan(lengths=[16], cp_size=4, layout="contiguous", window=9, max_remote_rows=3)
+    with pytest.raises(ConfigError, match="max_remote_rows=1 must be"):
+        sap_hf.plan(lengths=[16], cp_size=4, max_remote_rows=1)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 7])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stages_move_the_same_rows_in_equal_parts(layout, stages):
+    plan = sap_hf.plan(lengths=[40, 3, 21], cp_size=4, strategy="sap", layout=layout)
+    parts = dataclasses.replace(plan, stages=stages)
+    np.testing.assert_array_equal(parts.rows_moved, plan.rows_moved)
+    received = plan.rows_moved.sum(axis=0)
+    for rank in range(4):
+        sizes = [rows_in(exchange.receives) for exchange in compile_program(parts, rank).exchanges]
+        assert max(sizes) == -(-received[rank] // stages)
 
 
 @given(packs, ranks, both, windows)
 def test_local_work_runs_while_rows_are_in_flight(lengths, cp_size, names, window):
     plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, strategy=names[0], layout=names[1], window=window)
+    if "all_gather" in plan.deliveries:
+        plan = dataclasses.replace(plan, delivery="p2p")
     for rank in range(cp_size):
         program = compile_program(plan, rank, window)
         kinds = [operation.kind for operation in program.forward]
@@ -182,6 +266,7 @@ def test_local_work_runs_while_rows_are_in_flight(lengths, cp_size, names, windo
         first_post, first_wait = kinds.index("post"), kinds.index("wait")
         for operation in program.forward[:first_post]:
             assert operation.kind == "post", "work runs before the first exchange is under way"
-        local = {i for i, call in enumerate(program.calls) if (call.k.index < program.own_rows).all()}
+        local = {i for i, call in enumerate(program.calls) if (call.k.index < program.own.stop).all()}
         before = {operation.at for operation in program.forward[:first_wait] if operation.kind == "attend"}
+        local &= {operation.at for operation in program.forward if operation.kind == "attend"}
         assert local <= before, "a local call waits for remote rows"

@@ -36,6 +36,11 @@ class LateTransport(Transport):
             self, [send], [receive], lambda: begin(send, receive, send_rows, receive_rows, group)
         )
 
+    def post_all_gather(self, send: Any, receive: Any, group: Any) -> Any:
+        begin = super().post_all_gather
+        others = [part for part in receive.split(len(send)) if part.data_ptr() != send.data_ptr()]
+        return LatePending(self, [send], others, lambda: begin(send, receive, group))
+
 
 class LatePending:
     """An exchange that has not begun, whatever its caller believes."""
@@ -89,3 +94,7 @@ class CountingTransport(Transport):
     def post_all_to_all(self, send: Any, receive: Any, send_rows: Any, receive_rows: Any, group: Any) -> Any:
         self.bytes_received += receive.numel() * receive.element_size()
         return super().post_all_to_all(send, receive, send_rows, receive_rows, group)
+
+    def post_all_gather(self, send: Any, receive: Any, group: Any) -> Any:
+        self.bytes_received += (receive.numel() - send.numel()) * receive.element_size()
+        return super().post_all_gather(send, receive, group)

@@ -35,6 +35,8 @@ class Case:
     options: tuple[tuple[str, float], ...] = ()
     remote_kv: str = "refetch"
     delivery: str = "auto"
+    stages: int = 1
+    max_remote_rows: int | None = None
     heads_first: bool = False
     seed: int = 0
 
@@ -45,13 +47,15 @@ class Case:
             cp_size=world,
             strategy=self.strategy,
             layout=self.layout,
+            delivery=self.delivery,
+            max_remote_rows=self.max_remote_rows,
             window=dict(self.options).get("window"),
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
         )
-        # The public function leaves delivery to the config.
-        return plan if self.delivery == "auto" else dataclasses.replace(plan, delivery=self.delivery)
+        # How many stages there are, plan() decides by the model.
+        return dataclasses.replace(plan, stages=self.stages)
 
 
 @dataclasses.dataclass

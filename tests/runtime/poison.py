@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from sap_hf.runtime.arena import Arena
+
 # Owner and name of every way in which code asks torch for memory that nobody has written.
 UNWRITTEN = (
     (torch, "empty"),
@@ -18,6 +20,7 @@ UNWRITTEN = (
     (torch, "empty_strided"),
     (torch.Tensor, "new_empty"),
     (torch.Tensor, "new_empty_strided"),
+    (Arena, "take"),
 )
 
 

@@ -87,10 +87,26 @@ def test_out_and_gradients_match_documents_run_alone(world, strategy, layout, he
         judge(case, world, answers(world)[case], FLOAT64)
 
 
-SETTINGS = [(remote_kv, delivery) for remote_kv in ("refetch", "keep") for delivery in ("p2p", "all_to_all")]
+# strategy, delivery, stages, max_remote_rows, remote_kv
+SETTINGS = [
+    ("sap", "p2p", 1, None, "refetch"),
+    ("sap", "p2p", 1, None, "keep"),
+    ("sap", "all_to_all", 1, None, "refetch"),
+    ("sap", "all_to_all", 1, None, "keep"),
+    ("sap", "p2p", 2, None, "keep"),
+    ("sap", "p2p", 3, None, "refetch"),
+    ("sap", "all_to_all", 2, None, "refetch"),
+    ("sap", "all_to_all", 3, None, "keep"),
+    ("sap", "p2p", 1, 4, "refetch"),
+    ("sap", "all_to_all", 1, 5, "refetch"),
+    ("all_gather", "p2p", 1, None, "refetch"),
+    ("all_gather", "all_to_all", 1, None, "keep"),
+    ("all_gather", "all_gather", 1, None, "refetch"),
+    ("all_gather", "all_gather", 1, None, "keep"),
+]
 
 
-def cases_with(remote_kv, delivery):
+def cases_with(strategy, delivery, stages, max_remote_rows, remote_kv):
     return [
         Case(
             lengths=lengths,
@@ -98,14 +114,15 @@ def cases_with(remote_kv, delivery):
             layout=layout,
             remote_kv=remote_kv,
             delivery=delivery,
+            stages=stages,
+            max_remote_rows=max_remote_rows,
             sinks=True,
             value_dim=6,
             heads_first=window is not None,
             options=(("window", window),) if window else (),
         )
-        for strategy in STRATEGIES
         for layout in LAYOUTS
-        for lengths in ((5, 3, 8, 1, 6), (24,), (2,), (7, 7, 7))
+        for lengths in ((5, 3, 8, 1, 6), (24,), (2,), (7, 7, 7), (3, 14, 2, 9, 1, 1, 6, 12))
         for window in (None, 3)
     ]
 
@@ -113,14 +130,22 @@ def cases_with(remote_kv, delivery):
 @functools.cache
 def answers_by_setting(world):
     cases = [case for settings in SETTINGS for case in cases_with(*settings)]
-    by_rank = run_ranks(run_cases, world, cases, poison=True, timeout=60)
+    by_rank = run_ranks(run_cases, world, cases, poison=True, timeout=120)
     return dict(zip(cases, zip(*by_rank)))
 
 
-@pytest.mark.parametrize("remote_kv, delivery", SETTINGS)
-def test_remote_kv_and_delivery_do_not_change_the_answer(remote_kv, delivery):
-    for case in cases_with(remote_kv, delivery):
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(map(str, setting)))
+def test_delivery_stages_and_budgets_do_not_change_the_answer(setting):
+    for case in cases_with(*setting):
         judge(case, 3, answers_by_setting(3)[case], FLOAT64)
+
+
+def test_the_settings_meet_several_stages_and_slots_that_are_used_again():
+    plans = [case.plan(3) for setting in SETTINGS for case in cases_with(*setting)]
+    schedules = [plan.widest for plan in plans]
+    assert {2, 3} <= {schedule.stages for schedule in schedules}
+    assert any(schedule.slots == 2 and schedule.stages > 3 for schedule in schedules)
+    assert {way for plan in plans for way in plan.deliveries} == {"p2p", "all_to_all", "all_gather"}
 
 
 # Two cp groups in a world of four, neither in the order nor at the place of the world's first ranks.
