@@ -23,13 +23,8 @@ def merge(
     Returns:
         out (t, H, Dv) and lse (t, H) in lse's dtype. Exact up to rounding; order does not matter.
     """
-    lse = torch.logaddexp(lse_a, lse_b)
-    # -inf - -inf would be NaN; against 0 both weights are exp(-inf) = 0, which is the right answer.
-    finite = lse.masked_fill(lse == float("-inf"), 0.0)
-    weight_a = torch.exp(lse_a - finite).unsqueeze(-1)
-    weight_b = torch.exp(lse_b - finite).unsqueeze(-1)
-
-    return out_a * weight_a + out_b * weight_b, lse
+    weight_a, weight_b, lse = _weights(lse_a, lse_b)
+    return (out_a * weight_a).addcmul(out_b, weight_b), lse
 
 
 def merge_into(
@@ -46,4 +41,18 @@ def merge_into(
         rows: int64 indices without repeats, or a slice; which rows of out the part belongs to.
         part_out, part_lse: (len(rows), H, Dv) and (len(rows), H).
     """
-    out[rows], lse[rows] = merge(out[rows], lse[rows], part_out, part_lse)
+    weight, part_weight, merged = _weights(lse[rows], part_lse)
+    lse[rows] = merged
+    # A slice is a view and is changed where it lies; indices give a copy that has to go back.
+    mine = out[rows]
+    mine *= weight
+    mine.addcmul_(part_out, part_weight)
+    if not isinstance(rows, slice):
+        out[rows] = mine
+
+
+def _weights(lse_a: torch.Tensor, lse_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lse = torch.logaddexp(lse_a, lse_b)
+    # -inf - -inf would be NaN; against 0 both weights are exp(-inf) = 0, which is the right answer.
+    finite = lse.masked_fill(lse == float("-inf"), 0.0)
+    return torch.exp(lse_a - finite).unsqueeze(-1), torch.exp(lse_b - finite).unsqueeze(-1), lse

@@ -187,17 +187,3 @@ def wire_seconds(
         wire = wire + (packed[:, 0] + packed[:, 1]) / hardware.copy_bytes_per_s
     total: Float64 = wire + count * hardware.message_seconds + hardware.step_seconds * (count > 0)
     return total
-
-
-def peak_bytes(schedule: Schedule, cp_size: int, rows_per_rank: int, shape: Shape) -> int:
-    """Bytes that the busiest rank's attention holds beside q, k, v and out, at its peak (in the backward).
-
-    K/V buffer in the wire's type, its gradient and dq in float32, and what comes home from the readers.
-    """
-    moved = schedule.rows_moved(cp_size)
-    buffer = rows_per_rank + moved.sum(axis=0)
-    width = 2 * shape.num_kv_heads * shape.head_dim
-    wire = shape.bytes_per_element
-    queries = rows_per_rank * shape.num_heads * shape.head_dim * 4
-    held = buffer * width * (wire + 4) + (moved.sum(axis=0) + moved.sum(axis=1)) * width * wire + queries
-    return int(held.max())

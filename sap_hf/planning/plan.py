@@ -186,10 +186,17 @@ class Plan:
         """Of these, what the busiest rank computes: no stages and no delivery can be faster."""
         return float((self.layer_seconds.forward + self.layer_seconds.backward).max())
 
-    @property
+    @functools.cached_property
     def peak_bytes(self) -> int:
-        """Bytes that attention holds beside q, k, v and out on the busiest rank, at its peak."""
-        return cost.peak_bytes(self.widest, self.cp_size, self.rows_per_rank, self.shape)
+        """Bytes that attention holds beside q, k, v and out on the busiest rank at its peak, a kernel's own apart."""
+        from sap_hf.planning.compile import compile_program
+        from sap_hf.planning.memory import peak_bytes
+
+        return max(
+            peak_bytes(compile_program(self, rank, window), self.shape)
+            for window in self.windows
+            for rank in range(self.cp_size)
+        )
 
     @functools.cached_property
     def digest(self) -> int:

@@ -20,7 +20,7 @@ from sap_hf.kernels import Kernel, pick
 from sap_hf.planning import Plan, Program
 from sap_hf.runtime import transport
 from sap_hf.runtime.arena import Arena, arena
-from sap_hf.runtime.device_program import DeviceProgram, load
+from sap_hf.runtime.device_program import DeviceCall, DeviceProgram, load
 from sap_hf.runtime.exchange import collect, fetch, send_home
 from sap_hf.runtime.group import resolve, warm
 
@@ -181,19 +181,35 @@ def _forward(
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[-1], dtype=wide, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
     pending: dict[int, transport.Pending] = {}
+    first = True
     for operation in loaded.program.forward:
         if operation.kind == "post":
             pending[operation.at] = fetch(buffer, loaded, operation.at, layer.group)
         elif operation.kind == "wait":
             pending.pop(operation.at).wait()
         else:
-            call = loaded.calls[operation.at]
-            keys = call.k.take(buffer)
-            part = layer.kernel.forward(
-                call.q.take(q), keys[..., :width], keys[..., width:], call.segments, **layer.kernel_options
-            )
-            call.q.merge_into(out, lse, *part)
+            _attend(q, buffer, width, out, lse, loaded.calls[operation.at], layer, first)
+            first = False
     return out, lse, buffer if keep else None
+
+
+# What a call gathers and returns dies with the function: the next call must not find it alive.
+def _attend(
+    q: torch.Tensor,
+    buffer: torch.Tensor,
+    width: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: DeviceCall,
+    layer: Layer,
+    first: bool,
+) -> None:
+    """Merge one call into out and lse."""
+    keys = call.k.take(buffer)
+    part_out, part_lse = layer.kernel.forward(
+        call.q.take(q), keys[..., :width], keys[..., width:], call.segments, **layer.kernel_options
+    )
+    call.q.merge_into(out, lse, part_out, part_lse, first)
 
 
 def _backward(
@@ -237,25 +253,39 @@ def _backward(
             pending.pop(at).wait()
             collect(dkv, home.pop(at), loaded, at)
         else:
-            call = loaded.calls[at]
-            keys = call.k.take(buffer)
-            rows = call.q
-            part_q, part_k, part_v = layer.kernel.backward(
-                rows.take(dout),
-                rows.take(q),
-                keys[..., :width],
-                keys[..., width:],
-                rows.take(out),
-                rows.take(lse),
-                call.segments,
-                **layer.kernel_options,
-            )
-            rows.add_to(dq, part_q)
-            call.k.add_to(dkv[..., :width], part_k)
-            call.k.add_to(dkv[..., width:], part_v)
+            _attend_backward(dout, q, buffer, width, out, lse, dq, dkv, loaded.calls[at], layer)
     # A copy: what lies in the arena belongs to the next layer.
     own = dkv[program.own]
     return dq.to(q.dtype), own[..., :width].to(k.dtype, copy=True), own[..., width:].to(v.dtype, copy=True)
+
+
+def _attend_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    buffer: torch.Tensor,
+    width: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dkv: torch.Tensor,
+    call: DeviceCall,
+    layer: Layer,
+) -> None:
+    """Add one call's gradients to dq and dkv."""
+    keys, rows = call.k.take(buffer), call.q
+    part_q, part_k, part_v = layer.kernel.backward(
+        rows.take(dout),
+        rows.take(q),
+        keys[..., :width],
+        keys[..., width:],
+        rows.take(out),
+        rows.take(lse),
+        call.segments,
+        **layer.kernel_options,
+    )
+    rows.add_to(dq, part_q)
+    call.k.add_to(dkv[..., :width], part_k)
+    call.k.add_to(dkv[..., width:], part_v)
 
 
 def _buffer(k: torch.Tensor, v: torch.Tensor, program: Program, space: Arena | None) -> torch.Tensor:

@@ -38,9 +38,21 @@ class DeviceRows:
             buffer.index_add_(0, rows, piece.to(buffer.dtype))
 
     def merge_into(
-        self, out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor
+        self,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        part_out: torch.Tensor,
+        part_lse: torch.Tensor,
+        first: bool = False,
     ) -> None:
-        """Merge partial attentions of the rows into out and lse, in place."""
+        """Merge partial attentions of the rows into out and lse, in place.
+
+        Args:
+            first: no row has an out yet: there is nothing to merge with.
+        """
+        if first and not self.rounds:
+            out[self.at], lse[self.at] = part_out, part_lse
+            return
         if not self.rounds:
             merge_into(out, lse, self.at, part_out, part_lse)
             return

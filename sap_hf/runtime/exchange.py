@@ -92,12 +92,12 @@ def collect(dkv: torch.Tensor, home: torch.Tensor, loaded: DeviceProgram, at: in
     exchange, index = loaded.program.exchanges[at], loaded.packed[at]
     offset = 0
     for m in exchange.sends:
-        part = home[offset : offset + m.stop - m.start].to(dkv.dtype)
+        part = home[offset : offset + m.stop - m.start]
         offset += m.stop - m.start
         if index is None:
             dkv[m.start : m.stop] += part
         else:
-            dkv.index_add_(0, index[m.start : m.stop], part)
+            dkv.index_add_(0, index[m.start : m.stop], part.to(dkv.dtype))
 
 
 def _span(messages: Sequence[Message]) -> slice:

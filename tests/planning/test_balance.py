@@ -150,7 +150,7 @@ def test_work_is_even_and_little_moves(name, scale):
     moved, imbalance = [], []
     for seed in range(1 if name == "one" else 20):
         lengths = workloads.pack(name, cp_size * 8192, np.random.default_rng(seed))
-        plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, layout="balanced")
+        plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, strategy="sap", layout="balanced")
         moved.append(share(plan))
         imbalance.append(plan.imbalance)
     assert np.mean(imbalance) <= 1.05 and max(imbalance) <= 1.10

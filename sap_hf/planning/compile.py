@@ -1,0 +1,261 @@
+"""Compile: a plan's schedule becomes one rank's program.
+
+(Plan, rank, window) -> Program. Every rank compiles its own from the same plan: what one sends, the other receives, in
+the same order, cut alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from sap_hf.planning.documents import Int64
+from sap_hf.planning.layout import cut
+from sap_hf.planning.plan import Plan, Window
+from sap_hf.planning.program import Call, Exchange, Message, Operation, Program, Rows
+from sap_hf.planning.schedule import (
+    DESTINATION,
+    K_START,
+    K_STOP,
+    NO_TILES,
+    Q_START,
+    Q_STOP,
+    RANK,
+    SOURCE,
+    START,
+    STOP,
+    Step,
+    is_full,
+    tile_pairs,
+)
+
+
+def compile_program(plan: Plan, rank: int, window: Window = None) -> Program:
+    """The program of `rank` for layers with this window."""
+    schedule = plan.schedule(window)
+    pieces = cut(plan.documents, plan.placement)
+    mine = pieces.rank == rank
+    held = np.stack([pieces.start[mine], pieces.stop[mine], pieces.local[mine]], axis=1)
+    local_of = np.zeros(plan.cp_size, dtype=object)
+    for source in range(plan.cp_size):
+        theirs = pieces.rank == source
+        local_of[source] = (pieces.start[theirs], pieces.local[theirs])
+
+    stages = [step for step in schedule.steps if len(step.transfers)]
+    gathers = any(step.delivery == "all_gather" for step in stages)
+    own_start = rank * plan.rows_per_rank if gathers else 0
+    held[:, 2] += own_start
+    slots = schedule.slots or max(len(stages), 1)
+    room = [0] * slots
+    for i, step in enumerate(stages):
+        room[i % slots] = max(room[i % slots], _received(step, rank, plan))
+    base = [0 if gathers else plan.rows_per_rank + sum(room[:slot]) for slot in range(slots)]
+
+    exchanges: list[Exchange] = []
+    calls: list[Call] = []
+
+    def add(tiles: Int64, held: Int64) -> list[int]:
+        made = _calls(tiles[tiles[:, RANK] == rank], held[np.argsort(held[:, 0], kind="stable")], own_start)
+        calls.extend(made)
+        return list(range(len(calls) - len(made), len(calls)))
+
+    local = np.concatenate([NO_TILES, *(step.tiles for step in schedule.steps if not len(step.transfers))])
+    local = local[local[:, RANK] == rank]
+    own_calls = add(local, held)
+    early, late = _halves(local, schedule.window) if stages else (NO_TILES, local)
+    halves = (add(early, held), add(late, held)) if len(early) else ([], own_calls)
+    remote = []
+    for step in stages:
+        at = base[len(exchanges) % slots]
+        exchange, arrived = _exchange(step, rank, plan, local_of, own_start, at)
+        exchanges.append(exchange)
+        remote.append(add(step.tiles, np.concatenate([held, arrived])))
+    return Program(
+        rank=rank,
+        cp_size=plan.cp_size,
+        window=schedule.window,
+        own=slice(own_start, own_start + plan.rows_per_rank),
+        buffer_rows=sum(room) + (0 if gathers else plan.rows_per_rank),
+        slots=slots,
+        exchanges=tuple(exchanges),
+        calls=tuple(calls),
+        forward=_forward(own_calls, remote, slots),
+        backward=_backward(*halves, remote, slots),
+        backward_kept=_backward([], own_calls, remote, slots, fetch=False),
+    )
+
+
+def _received(step: Step, rank: int, plan: Plan) -> int:
+    """Buffer rows that the stage fills on this rank; an all-gather also writes the rank's own rows and padding."""
+    if step.delivery == "all_gather":
+        return plan.rows_per_rank * plan.cp_size
+    incoming = step.transfers[step.transfers[:, DESTINATION] == rank]
+    return int((incoming[:, STOP] - incoming[:, START]).sum())
+
+
+def _halves(tiles: Int64, window: Window) -> tuple[Int64, Int64]:
+    """Local tiles in two parts of about the same work: one hides the second fetch, one what travels home."""
+    upto = np.concatenate([[0], np.cumsum(tile_pairs(tiles, window))])
+    middle = int(np.abs(2 * upto - upto[-1])[:-1].argmin()) if len(tiles) else 0
+    return tiles[:middle], tiles[middle:]
+
+
+def _exchange(
+    step: Step, rank: int, plan: Plan, local_of: Int64, own_start: int, base: int
+) -> tuple[Exchange, Int64]:
+    """This rank's messages, and where received rows land [(start, stop, buffer row)], the first one at `base`."""
+    transfers, size = step.transfers, plan.rows_per_rank
+    incoming = transfers[transfers[:, DESTINATION] == rank]
+    if step.delivery == "all_gather":
+        slots = incoming[:, SOURCE] * size + _local(local_of, incoming[:, SOURCE], incoming[:, START])
+        arrived = np.stack([incoming[:, START], incoming[:, STOP], slots], axis=1)
+        others = [peer for peer in range(plan.cp_size) if peer != rank]
+        sends = tuple(Message(peer, own_start, own_start + size) for peer in others)
+        receives = tuple(Message(peer, peer * size, (peer + 1) * size) for peer in others)
+        return Exchange(step.delivery, sends, receives, None), arrived
+    packed = step.delivery == "all_to_all"
+    # In row order a tile's remote keys lie side by side and are read as they came; a packed message is one per source.
+    keys = (incoming[:, START], incoming[:, SOURCE]) if packed else (incoming[:, START],)
+    incoming = incoming[np.lexsort(keys)]
+    rows = incoming[:, STOP] - incoming[:, START]
+    slots = base + np.cumsum(rows) - rows
+    arrived = np.stack([incoming[:, START], incoming[:, STOP], slots], axis=1)
+    outgoing = transfers[transfers[:, SOURCE] == rank]
+    outgoing = outgoing[np.lexsort((outgoing[:, START], outgoing[:, DESTINATION]))]
+    own = own_start + _local(local_of, np.full(len(outgoing), rank), outgoing[:, START])
+    sizes = outgoing[:, STOP] - outgoing[:, START]
+    far = _local(local_of, incoming[:, SOURCE], incoming[:, START])
+    if packed:
+        at = np.cumsum(sizes) - sizes
+        sends = _merge(outgoing[:, DESTINATION], at, at, sizes)
+        receives = _merge(incoming[:, SOURCE], slots, slots, rows)
+        return Exchange(step.delivery, sends, receives, _spans(own, sizes)), arrived
+    # Sender and receiver must cut runs alike: a run ends where rows are no longer neighbours on either side. The
+    # receiver's slots are neighbours exactly where its sorted rows are, so both can be told from the transfers.
+    sends = _runs(transfers, rank, local_of, plan.cp_size)
+    receives = _merge(incoming[:, SOURCE], slots, far, rows)
+    return Exchange(step.delivery, sends, receives, None), arrived
+
+
+def _runs(transfers: Int64, rank: int, local_of: Int64, cp_size: int) -> tuple[Message, ...]:
+    """The messages that `rank` sends, cut and ordered as each receiver cuts and orders its receives."""
+    sends: list[Message] = []
+    for peer in range(cp_size):
+        incoming = transfers[transfers[:, DESTINATION] == peer]
+        if not (incoming[:, SOURCE] == rank).any():
+            continue
+        incoming = incoming[np.lexsort((incoming[:, START],))]
+        rows = incoming[:, STOP] - incoming[:, START]
+        slots = np.cumsum(rows) - rows
+        own = _local(local_of, incoming[:, SOURCE], incoming[:, START])
+        mine = incoming[:, SOURCE] == rank
+        runs = _merge(incoming[mine, SOURCE], own[mine], slots[mine], rows[mine])
+        sends += [dataclasses.replace(run, peer=peer) for run in runs]
+    return tuple(sends)
+
+
+def _merge(peer: Int64, start: Int64, other: Int64, rows: Int64) -> tuple[Message, ...]:
+    """Messages from consecutive ranges, joined where the peer is the same and both sides continue."""
+    messages: list[Message] = []
+    next_other = -1
+    for p, a, b, n in zip(peer.tolist(), start.tolist(), other.tolist(), rows.tolist(), strict=True):
+        if messages and messages[-1].peer == p and messages[-1].stop == a and next_other == b:
+            messages[-1] = Message(p, messages[-1].start, a + n)
+        else:
+            messages.append(Message(p, a, a + n))
+        next_other = b + n
+    return tuple(messages)
+
+
+def _local(local_of: Int64, owner: Int64, start: Int64) -> Int64:
+    """Where each row `start` lies among the rows of its owner."""
+    local = np.zeros(len(start), np.int64)
+    for source in np.unique(owner):
+        chosen = owner == source
+        starts, offsets = local_of[source]
+        piece = np.searchsorted(starts, start[chosen], side="right") - 1
+        local[chosen] = offsets[piece] + start[chosen] - starts[piece]
+    return local
+
+
+def _spans(start: Int64, sizes: Int64) -> Int64:
+    """Concatenation of [start, start + size) over all ranges."""
+    before = np.cumsum(sizes) - sizes
+    index: Int64 = np.arange(int(sizes.sum())) + np.repeat(start - before, sizes)
+    return index
+
+
+def _lookup(held: Int64, start: Int64, stop: Int64) -> tuple[Int64, Int64]:
+    """Buffer rows of the row ranges [start, stop), concatenated, and the size of each range."""
+    first = np.searchsorted(held[:, 0], start, side="right") - 1
+    last = np.searchsorted(held[:, 0], stop, side="left")
+    count = last - first
+    which = np.repeat(np.arange(len(start)), count)
+    piece = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
+    low = np.maximum(held[piece, 0], start[which])
+    high = np.minimum(held[piece, 1], stop[which])
+    index = _spans(held[piece, 2] + low - held[piece, 0], high - low)
+    sizes = stop - start
+    assert len(index) == sizes.sum(), "a tile reads rows that its rank does not hold"
+    return index, sizes
+
+
+def _calls(tiles: Int64, held: Int64, own_start: int) -> list[Call]:
+    """Kernel calls for one rank's tiles: the causal ones in one, the full ones in another."""
+    full = is_full(tiles)
+    calls = []
+    for causal, chosen in ((True, tiles[~full]), (False, tiles[full])):
+        if not len(chosen):
+            continue
+        if causal:
+            assert (chosen[:, K_STOP] == chosen[:, Q_STOP]).all(), (
+                "a causal tile's keys must end where its queries do"
+            )
+            chosen = chosen[np.argsort(chosen[:, Q_START], kind="stable")]
+        else:
+            # Tiles that read the same keys become one segment: every K row is then read once per call.
+            chosen = chosen[np.lexsort((chosen[:, Q_START], chosen[:, K_START]))]
+        q, q_sizes = _lookup(held, chosen[:, Q_START], chosen[:, Q_STOP])
+        new = np.ones(len(chosen), bool)
+        if not causal:
+            new[1:] = (np.diff(chosen[:, K_START]) != 0) | (np.diff(chosen[:, K_STOP]) != 0)
+        k, k_sizes = _lookup(held, chosen[new, K_START], chosen[new, K_STOP])
+        q_sizes = np.add.reduceat(q_sizes, np.flatnonzero(new))
+        calls.append(Call(causal, Rows.of(q - own_start), Rows.of(k), _borders(q_sizes), _borders(k_sizes)))
+    return calls
+
+
+def _borders(sizes: Int64) -> Int64:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+
+
+def _forward(local: list[int], remote: list[list[int]], slots: int) -> tuple[Operation, ...]:
+    """As many exchanges as there are slots are posted first; each stage's calls run as soon as its rows are there."""
+    order = [Operation("post", at) for at in range(min(slots, len(remote)))]
+    order += [Operation("attend", call) for call in local]
+    for at, calls in enumerate(remote):
+        order.append(Operation("wait", at))
+        order += [Operation("attend", call) for call in calls]
+        if at + slots < len(remote):
+            order.append(Operation("post", at + slots))
+    return tuple(order)
+
+
+def _backward(
+    early: list[int], late: list[int], remote: list[list[int]], slots: int, fetch: bool = True
+) -> tuple[Operation, ...]:
+    """The early local calls hide the fetch. Then the stages, so that dK/dV travel home while the late calls run."""
+    order = [Operation("post", at) for at in range(min(slots, len(remote)))] if fetch else []
+    order += [Operation("attend", call) for call in early]
+    for at, calls in enumerate(remote):
+        order += [Operation("wait", at)] if fetch else []
+        order += [Operation("attend", call) for call in calls]
+        # As with what is fetched, what goes home is held for so many stages at once.
+        order += [Operation("wait_return", at - slots)] if at >= slots else []
+        order.append(Operation("post_return", at))
+        if fetch and at + slots < len(remote):
+            order.append(Operation("post", at + slots))
+    order += [Operation("attend", call) for call in late]
+    order += [Operation("wait_return", at) for at in range(max(len(remote) - slots, 0), len(remote))]
+    return tuple(order)
