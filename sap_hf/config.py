@@ -9,14 +9,14 @@ from typing import Any
 
 from sap_hf.errors import ConfigError
 
-STRATEGIES = ("auto", "sap", "all_gather")
+STRATEGIES = ("auto", "sap", "all_gather", "ring")
 LAYOUTS = ("auto", "contiguous", "zigzag", "balanced")
 DELIVERIES = ("auto", "p2p", "all_to_all", "all_gather")
 REMOTE_KV = ("refetch", "keep")
 KERNELS = ("auto", "reference", "sdpa", "varlen", "flash")
 # Names of the design that this version does not plan yet: asking for one says so instead of "unknown".
 PLANNED = {
-    "strategy": ("ring", "ulysses"),
+    "strategy": ("ulysses",),
 }
 
 
@@ -33,7 +33,8 @@ class SapConfig:
     ulysses_size: int | str = "auto"
     """Ranks of the cp group that exchange heads instead of rows. Only 1 (or "auto", which is 1) so far."""
     strategy: str = "auto"
-    """auto | sap (move the rows that are read) | all_gather (move every row to every rank)."""
+    """auto | sap (move the rows that are read) | all_gather (move every row to every rank) | ring (every row too, one
+    neighbour after the other)."""
     layout: str = "auto"
     """auto | contiguous | zigzag | balanced (even work, little moved): which rows each rank holds. auto takes the one
     with the least modelled time."""
@@ -71,6 +72,11 @@ class SapConfig:
         check_choice("kernel", self.kernel, KERNELS)
         check_delivery(self.strategy, self.delivery)
         check_remote_rows(self.max_remote_rows)
+        if self.strategy == "ring" and self.remote_kv == "keep":
+            raise ConfigError(
+                "remote_kv='keep' holds all remote rows until the backward, strategy='ring' only two neighbours' at a "
+                "time. Use remote_kv='refetch', or strategy='all_gather'."
+            )
         if self.max_remote_rows is not None and self.remote_kv == "keep":
             raise ConfigError(
                 "remote_kv='keep' holds all remote rows until the backward, which max_remote_rows="

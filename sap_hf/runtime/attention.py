@@ -114,8 +114,9 @@ def attention(
     loaded = load(plan, rank, window, q.device)
     if remote_kv == "keep" and loaded.program.slots < len(loaded.program.exchanges):
         raise ConfigError(
-            f"remote_kv='keep' holds all remote rows, but the plan has max_remote_rows={plan.max_remote_rows}.\n"
-            "  Use remote_kv='refetch', or a plan without max_remote_rows."
+            f"remote_kv='keep' holds all remote rows, but this plan ({plan.strategy}, max_remote_rows="
+            f"{plan.max_remote_rows}) has room for {loaded.program.slots} of {len(loaded.program.exchanges)} stages.\n"
+            "  Use remote_kv='refetch', or strategy sap or all_gather without max_remote_rows."
         )
     layer = Layer(
         loaded=loaded,

@@ -2,6 +2,7 @@
 
 from sap_hf.strategies.all_gather import all_gather
 from sap_hf.strategies.auto import make_plan, plan
+from sap_hf.strategies.ring import ring
 from sap_hf.strategies.sap import sap
 
-__all__ = ["all_gather", "make_plan", "plan", "sap"]
+__all__ = ["all_gather", "make_plan", "plan", "ring", "sap"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sap_hf.planning.documents import Documents
+from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.layout import Layout, cut
 from sap_hf.planning.schedule import NO_TRANSFERS, Schedule, Step
 from sap_hf.strategies.sap import tiles
@@ -17,6 +17,11 @@ from sap_hf.strategies.sap import tiles
 def all_gather(documents: Documents, layout: Layout, window: int | None = None, stages: int = 1) -> Schedule:
     """Move every real row to every other rank, in one stage whatever `stages` says: a collective has no parts."""
     local, remote, _, _ = tiles(documents, cut(documents, layout), window)
+    return Schedule(window, (Step(NO_TRANSFERS, local), Step(everything(documents, layout), remote)))
+
+
+def everything(documents: Documents, layout: Layout) -> Int64:
+    """(n, 4) transfers of every real row to every other rank."""
     source, start, stop = layout.segments.T
     stop = np.minimum(stop, documents.rows)
     ranks = np.arange(layout.cp_size)
@@ -29,5 +34,5 @@ def all_gather(documents: Documents, layout: Layout, window: int | None = None, 
         ],
         axis=1,
     )
-    send = send[(send[:, 0] != send[:, 1]) & (send[:, 2] < send[:, 3])]
-    return Schedule(window, (Step(NO_TRANSFERS, local), Step(send, remote)))
+    some: Int64 = send[(send[:, 0] != send[:, 1]) & (send[:, 2] < send[:, 3])]
+    return some

@@ -22,9 +22,10 @@ from sap_hf.planning.layout import LAYOUTS as MAKERS
 from sap_hf.planning.layout import Layout
 from sap_hf.planning.plan import Plan, Planner, Window
 from sap_hf.strategies.all_gather import all_gather
+from sap_hf.strategies.ring import ring
 from sap_hf.strategies.sap import sap
 
-PLANNERS: dict[str, Planner] = {"sap": sap, "all_gather": all_gather}
+PLANNERS: dict[str, Planner] = {"sap": sap, "all_gather": all_gather, "ring": ring}
 # Stage counts that are weighed: more stages hide more of the way behind remote work, and start more messages.
 STAGES = (2, 4)
 # Waiting below this part of the work is not worth weighing stages for.
@@ -55,7 +56,7 @@ def plan(
         cu_seqlens: (N+1,) borders of the documents, from 0 to T.
         cp_size: ranks that share the pack.
         ulysses_size: of these, ranks that exchange heads instead of rows; 1 in this version.
-        strategy: auto | sap | all_gather.
+        strategy: auto | sap | all_gather | ring.
         layout: auto | contiguous | zigzag | balanced.
         delivery: auto | p2p | all_to_all | all_gather (with strategy all_gather).
         max_remote_rows: rows of other ranks that a rank holds at once, at least 2; None for no limit.

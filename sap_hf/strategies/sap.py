@@ -56,23 +56,33 @@ def _stages(transfers: Int64, remote: Int64, cp_size: int, stages: int) -> list[
     stage = first[which] + nth
     low = start[which] + np.maximum(stage * part[which] - begin[which], 0)
     high = start[which] + np.minimum((stage + 1) * part[which], upto[which]) - begin[which]
-    sent = np.stack([source[which], destination[which], low, high], axis=1)
+    return split(np.stack([source[which], destination[which], low, high], axis=1), stage, remote, stages)
 
+
+def split(sent: Int64, stage: Int64, remote: Int64, stages: int) -> list[Step]:
+    """Steps of the transfers whose stage is given, and of the tiles that read them, cut where their keys arrive.
+
+    Args:
+        sent: (n, 4) transfers. stage: (n,) of each. remote: (m, 5) tiles whose keys are all of other ranks.
+    """
+    if not len(sent):
+        return []
     # What lies side by side and arrives in one stage is one run of keys, whoever sent it.
-    order = np.lexsort((low, destination[which]))
+    order = np.lexsort((sent[:, START], sent[:, DESTINATION]))
     reader, low, high, when = sent[order, DESTINATION], sent[order, START], sent[order, STOP], stage[order]
     new = np.ones(len(order), bool)
     new[1:] = (np.diff(reader) != 0) | (low[1:] != high[:-1]) | (np.diff(when) != 0)
     end = np.append(np.flatnonzero(new)[1:] - 1, len(order) - 1)
     reader, low, high, when = reader[new], low[new], high[end], when[new]
-    scale = int(max(stop.max(initial=0), remote[:, K_STOP].max(initial=0))) + 1
-    at = reader * scale + low
-    first = np.searchsorted(at, remote[:, RANK] * scale + remote[:, K_START])
+    scale = int(max(high.max(initial=0), remote[:, K_STOP].max(initial=0))) + 1
+    at, end = reader * scale + low, reader * scale + high
+    first = np.searchsorted(end, remote[:, RANK] * scale + remote[:, K_START], side="right")
     last = np.searchsorted(at, remote[:, RANK] * scale + remote[:, K_STOP])
     which, nth = _repeat(last - first)
     run = first[which] + nth
     tiles = remote[which]
-    tiles[:, K_START], tiles[:, K_STOP] = low[run], high[run]
+    tiles[:, K_START] = np.maximum(tiles[:, K_START], low[run])
+    tiles[:, K_STOP] = np.minimum(tiles[:, K_STOP], high[run])
     return [Step(sent[stage == i], tiles[when[run] == i]) for i in range(stages)]
 
 

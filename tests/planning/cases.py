@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sap_hf
 
-STRATEGIES = ("sap", "all_gather")
+STRATEGIES = ("sap", "all_gather", "ring")
 LAYOUTS = ("balanced", "contiguous", "zigzag")
 
 # Many short documents, one-token ones among them, and few that are longer than a rank's share.

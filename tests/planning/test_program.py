@@ -199,6 +199,8 @@ ways = st.sampled_from(
         {"strategy": "all_gather", "delivery": "p2p"},
         {"strategy": "all_gather", "delivery": "all_to_all"},
         {"strategy": "all_gather", "delivery": "all_gather"},
+        {"strategy": "ring", "delivery": "p2p"},
+        {"strategy": "ring", "delivery": "all_to_all"},
     ]
 )
 

@@ -103,6 +103,8 @@ SETTINGS = [
     ("all_gather", "all_to_all", 1, None, "keep"),
     ("all_gather", "all_gather", 1, None, "refetch"),
     ("all_gather", "all_gather", 1, None, "keep"),
+    ("ring", "p2p", 1, None, "refetch"),
+    ("ring", "all_to_all", 1, None, "refetch"),
 ]
 
 
@@ -137,11 +139,11 @@ def answers_by_setting(world):
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(map(str, setting)))
 def test_delivery_stages_and_budgets_do_not_change_the_answer(setting):
     for case in cases_with(*setting):
-        judge(case, 3, answers_by_setting(3)[case], FLOAT64)
+        judge(case, 4, answers_by_setting(4)[case], FLOAT64)
 
 
 def test_the_settings_meet_several_stages_and_slots_that_are_used_again():
-    plans = [case.plan(3) for setting in SETTINGS for case in cases_with(*setting)]
+    plans = [case.plan(4) for setting in SETTINGS for case in cases_with(*setting)]
     schedules = [plan.widest for plan in plans]
     assert {2, 3} <= {schedule.stages for schedule in schedules}
     assert any(schedule.slots == 2 and schedule.stages > 3 for schedule in schedules)
