@@ -10,6 +10,8 @@ is gloo and the dtype float32; with CUDA, NCCL and bfloat16.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import platform
 import statistics
@@ -32,6 +34,7 @@ PLANS = (
     ("sap", "balanced"),
     ("all_gather", "contiguous"),
     ("all_gather", "zigzag"),
+    ("ring", "zigzag"),
 )
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
 
@@ -47,6 +50,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--note", default="", help="how the machine was set up, e.g. the emulated cluster's limits"
+    )
+    parser.add_argument(
+        "--hardware", help="what auto plans for: a preset, or a file of sap-hf bench --calibrate"
     )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -65,6 +71,8 @@ def main() -> None:
             num_heads=HEADS,
             num_kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
+            bytes_per_element=2 if cuda else 4,
+            hardware=options.hardware or ("h100" if cuda else "cpu"),
         )
         for strategy, layout in PLANS
     }
@@ -105,13 +113,21 @@ def once(plan: sap_hf.Plan, device: torch.device, dtype: torch.dtype) -> float:
 def report(options: argparse.Namespace, lengths: np.ndarray, plans: dict, seconds: dict, world: int) -> None:
     """Print the table and write it with where it came from."""
     fastest = min(seconds.values())
-    print(f"{options.workload}: {len(lengths)} documents, {options.rows} rows, {world} ranks")
+    hardware = plans["auto auto"].hardware.name
+    print(
+        f"{options.workload}: {len(lengths)} documents, {options.rows} rows, {world} ranks, planned for {hardware}"
+    )
     for name, plan in plans.items():
         share = plan.rows_moved.sum() / plan.all_gather_rows
         print(
             f"  {name:<22} {seconds[name] * 1e3:8.1f} ms  {seconds[name] / fastest:5.2f} x fastest  "
-            f"rows moved {share:6.1%}  imbalance {plan.imbalance:.2f}"
+            f"modelled {plan.seconds * 1e3:8.1f} ms  rows moved {share:6.1%}  imbalance {plan.imbalance:.2f}  "
+            f"{plan.strategy} {plan.layout} {'+'.join(plan.deliveries)}"
         )
+    right, wrong = order(plans, seconds)
+    print(
+        f"  the model orders {right} of {right + wrong} pairs of plans as measured (those that differ by over 10 %)"
+    )
     if options.out:
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
@@ -125,12 +141,24 @@ def report(options: argparse.Namespace, lengths: np.ndarray, plans: dict, second
             "rows": options.rows,
             "ranks": world,
             "seconds": seconds,
+            "modelled_seconds": {name: plan.seconds for name, plan in plans.items()},
+            "hardware": dataclasses.asdict(plans["auto auto"].hardware),
             "share_of_all_gather": {
                 n: float(p.rows_moved.sum() / p.all_gather_rows) for n, p in plans.items()
             },
         }
         with options.out.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def order(plans: dict, seconds: dict) -> tuple[int, int]:
+    """Pairs of plans whose measured times differ by over 10 %: modelled in the same order, and not."""
+    agree = [
+        (plans[a].seconds < plans[b].seconds) == (seconds[a] < seconds[b])
+        for a, b in itertools.combinations(plans, 2)
+        if abs(seconds[a] - seconds[b]) > 0.1 * min(seconds[a], seconds[b])
+    ]
+    return sum(agree), len(agree) - sum(agree)
 
 
 if __name__ == "__main__":

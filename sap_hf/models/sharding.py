@@ -131,6 +131,7 @@ class Sharding:
             self.config.delivery,
             shape,
             self._hardware,
+            self.config.max_remote_rows,
         )
 
     def _shard_labels(self, inputs: dict[str, Any], batch: Batch, cut: Cut) -> None:

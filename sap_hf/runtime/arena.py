@@ -46,9 +46,11 @@ _arenas: dict[object, Arena] = {}
 
 def arena(like: torch.Tensor, sizes: dict[torch.dtype, int]) -> Arena:
     """The arena of the current stream of `like`'s device, cleared: a stream runs its work in the order of the calls."""
-    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    # A subclass (a fake tensor, while shapes are traced) must not leave its memory to real ones.
-    space = _arenas.setdefault((like.device, stream), Arena()) if type(like) is torch.Tensor else Arena()
+    space = Arena()
+    # A subclass (a fake tensor, while shapes are traced) has no stream, and must not leave its memory to real ones.
+    if type(like) is torch.Tensor:
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+        space = _arenas.setdefault((like.device, stream), space)
     space.clear(like.device, sizes)
     return space
 
