@@ -1,6 +1,6 @@
 """Imports go downward only, and the numpy layers stay free of torch: read from the source.
 
-cli -> hf -> models -> runtime -> {kernels | strategies | data: blind to each other}
+cli -> hf -> models -> {runtime | simulation} -> {kernels | strategies | data: blind to each other}
     -> planning -> errors, config
 """
 
@@ -20,6 +20,7 @@ HEIGHT = {
     "planning": 1,
     "kernels": 2,
     "strategies": 2,
+    "simulation": 3,
     "data": 2,
     "runtime": 3,
     "models": 4,
@@ -30,7 +31,7 @@ HEIGHT = {
 SIDEWAYS = {("config", "errors")}
 HUGGING_FACE = {"transformers", "accelerate", "trl"}
 MAY_IMPORT_HUGGING_FACE = {"models", "hf"}
-WITHOUT_TORCH = {"errors", "config", "planning", "strategies"}
+WITHOUT_TORCH = {"errors", "config", "planning", "strategies", "simulation"}
 MOST_LINES = 400
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

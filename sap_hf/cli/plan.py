@@ -1,10 +1,9 @@
-"""sap-hf: look at plans from the command line."""
+"""sap-hf plan: show how ranks share a pack of documents."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,20 +16,8 @@ from sap_hf.planning.workloads import pack as workload
 from sap_hf.strategies import plan
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it worked, 2 when the input was refused."""
-    options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except SapError as error:
-        print(f"sap-hf: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sap-hf", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add(commands: Any) -> None:
+    """Add this command and its options to the parser's."""
     show = commands.add_parser("plan", help="show how ranks share a pack of documents")
     pack = show.add_mutually_exclusive_group(required=True)
     pack.add_argument("--lengths", type=_numbers, metavar="5,3,8", help="rows of each document")
@@ -47,7 +34,6 @@ def _parser() -> argparse.ArgumentParser:
         "--program", type=int, metavar="RANK", help="what that rank posts, waits for and computes"
     )
     show.set_defaults(run=_plan)
-    return parser
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -74,7 +60,3 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.replace(" ", "").split(",") if part]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,25 @@
+"""sap-hf: the command line, one module for each command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sap_hf.cli import plan
+from sap_hf.errors import SapError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it worked, 2 when the input was refused."""
+    parser = argparse.ArgumentParser(prog="sap-hf", description="Plans of packed rows over several ranks.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (plan,):
+        command.add(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except SapError as error:
+        print(f"sap-hf: {error}", file=sys.stderr)
+        return 2
+    return 0
