@@ -1,0 +1,81 @@
+"""sap-hf bench: measure this machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from sap_hf.errors import ConfigError, LayoutError
+
+
+def add(commands: Any) -> None:
+    """Add this command and its options to the parser's."""
+    bench = commands.add_parser("bench", help="measure this machine")
+    bench.add_argument(
+        "--calibrate",
+        required=True,
+        type=Path,
+        metavar="FILE.yaml",
+        help="write what plans need to know of this machine: SapConfig(hardware=FILE.yaml)",
+    )
+    bench.add_argument(
+        "--heads", default="32:8", metavar="H:K", help="query and kv heads of the layer (default 32:8)"
+    )
+    bench.add_argument("--head-dim", type=int, default=128, help="their width (default 128)")
+    bench.set_defaults(run=_calibrate)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    """Under a launcher: all ranks measure, rank 0 writes the file."""
+    path: Path = options.calibrate
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"--calibrate {path}: the name must end in .yaml, which is how hardware= knows a file."
+        )
+    if "RANK" not in os.environ:
+        raise LayoutError(
+            "Calibration needs the ranks that will train.\n"
+            f"  Start it with: torchrun --nproc-per-node N -m sap_hf.cli bench --calibrate {path}"
+        )
+    # torch only here: the other commands start without it.
+    import torch
+    import torch.distributed as dist
+    import yaml
+
+    from sap_hf.planning.cost import Shape
+    from sap_hf.runtime.calibrate import calibrate
+
+    shape = Shape(*_heads(options.heads), options.head_dim)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        hardware = calibrate(path.stem, shape, device)
+        if dist.get_rank() == 0:
+            what = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
+            header = (
+                f"# Measured by sap-hf bench --calibrate on {dist.get_world_size()} ranks ({what}), torch "
+                f"{torch.__version__}, {shape.num_heads}:{shape.num_kv_heads} heads of {shape.head_dim}.\n"
+            )
+            text = header + yaml.safe_dump(dataclasses.asdict(hardware), sort_keys=False)
+            path.write_text(text)
+            print(text, end="", flush=True)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _heads(text: str) -> tuple[int, int]:
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise ConfigError(f"--heads {text}: give query and kv heads, as in 32:8.")
+    query, kv = map(int, parts)
+    if query % kv:
+        raise LayoutError(f"--heads {text}: {query} is not a multiple of {kv}.")
+    return query, kv

@@ -1,0 +1,184 @@
+"""Calibrate: what this machine computes, copies and sends in a second, measured with the code that will run on it.
+
+All ranks of the run -> one Hardware, the same on every rank. All ranks measure at the same time, as in training, and
+the slowest one counts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from sap_hf.errors import LayoutError
+from sap_hf.kernels import Segments, pick
+from sap_hf.planning.cost import BACKWARD_FLOPS, Shape
+from sap_hf.planning.hardware import Hardware
+from sap_hf.runtime import transport
+
+# A mean over this long: processes under a CPU quota run fast for a moment and then not at all.
+SECONDS = 1.0
+# A single call or message grows until it takes this long: what it costs to begin is then small beside it.
+LONG = 0.05
+MOST_ROWS = 16_384
+MOST_BYTES = 1 << 28
+FEW_ROWS = 16
+SMALL_BYTES = 1 << 10
+MESSAGES = 8
+
+
+def calibrate(name: str, shape: Shape, device: torch.device) -> Hardware:
+    """Measure this run's ranks; every rank of the default process group calls it.
+
+    Args:
+        name: of the Hardware, for tables.
+        shape: the attention layer to compute: a kernel's flop/s depend on its heads.
+        device: where this rank computes. bfloat16 on CUDA, float32 elsewhere.
+
+    Returns:
+        Hardware. With a single node its network is the node's own.
+
+    Raises:
+        LayoutError: fewer than two ranks, or nodes with different numbers of ranks.
+    """
+    world = dist.get_world_size()
+    if world < 2:
+        raise LayoutError(
+            "calibration with 1 process: nothing can be sent. Start it with torchrun --nproc-per-node N."
+        )
+    per_node = _ranks_per_node()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    call, forward, backward = _kernel(shape, device, dtype)
+    first, message = _messages(device)
+    node = _bytes_per_s(1, per_node, device, first) if per_node > 1 else None
+    network = _bytes_per_s(per_node, world, device, first) if world > per_node else None
+    return Hardware(
+        name=name,
+        flops_per_s=forward,
+        backward_flops_per_s=backward,
+        copy_bytes_per_s=_copy_bytes_per_s(device),
+        call_seconds=call,
+        node_bytes_per_s=node or network or 0.0,
+        network_bytes_per_s=network or node or 0.0,
+        message_seconds=message,
+        step_seconds=max(first - message, message),
+        ranks_per_node=per_node,
+    )
+
+
+def _ranks_per_node() -> int:
+    """What the launcher says, or how many ranks follow each other on one host."""
+    given = os.environ.get("LOCAL_WORLD_SIZE")
+    hosts: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
+    dist.all_gather_object(hosts, (socket.gethostname(), given))
+    sizes = {size for _, size in hosts} if given else {str(hosts.count(host)) for host in hosts}
+    if len(sizes) > 1 or not sizes:
+        raise LayoutError(
+            f"nodes have {', '.join(map(str, sorted(sizes, key=str)))} ranks: one number is needed."
+        )
+    return int(sizes.pop() or 1)
+
+
+def _mean_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the slowest rank's mean over about SECONDS; all ranks call it equally often."""
+
+    def run(count: int) -> float:
+        dist.barrier()
+        started = time.perf_counter()
+        for _ in range(count):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        spent = torch.tensor((time.perf_counter() - started) / count, dtype=torch.float64, device=device)
+        dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+        return float(spent)
+
+    run(1)
+    return run(min(max(math.ceil(SECONDS / run(3)), 3), 10_000))
+
+
+def _kernel(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Seconds to begin a call, and flop/s forward and backward, of one causal document."""
+    kernel, _ = pick(
+        "auto",
+        device_type=device.type,
+        dtype=dtype,
+        head_dim=shape.head_dim,
+        value_dim=shape.head_dim,
+        softcap=None,
+        window=None,
+    )
+    options = {"scale": shape.head_dim**-0.5, "window": None, "softcap": None}
+
+    def seconds(rows: int) -> tuple[float, float]:
+        q, dout = (
+            torch.randn(rows, shape.num_heads, shape.head_dim, device=device, dtype=dtype) for _ in range(2)
+        )
+        k, v = (
+            torch.randn(rows, shape.num_kv_heads, shape.head_dim, device=device, dtype=dtype)
+            for _ in range(2)
+        )
+        segments = Segments.build((0, rows), (0, rows), causal=True, device=device)
+        out, lse = kernel.forward(q, k, v, segments, **options)
+        out = out.to(dtype)
+        return (
+            _mean_seconds(lambda: kernel.forward(q, k, v, segments, **options), device),
+            _mean_seconds(lambda: kernel.backward(dout, q, k, v, out, lse, segments, **options), device),
+        )
+
+    call = seconds(FEW_ROWS)[0]
+    rows = 8 * FEW_ROWS
+    forward, backward = seconds(rows)
+    while forward < LONG and rows < MOST_ROWS:
+        rows *= 2
+        forward, backward = seconds(rows)
+    flops = rows * (rows + 1) // 2 * shape.flops_per_pair
+    return call, flops / max(forward - call, 1e-9), flops * BACKWARD_FLOPS / max(backward - call, 1e-9)
+
+
+def _copy_bytes_per_s(device: torch.device) -> float:
+    """Bytes read and written by gathering rows, as they are packed for sending."""
+    rows = torch.randn(1 << (18 if device.type == "cuda" else 14), 256, device=device)
+    index = torch.randperm(len(rows), device=device)
+    return 2 * rows.nbytes / _mean_seconds(lambda: rows.index_select(0, index), device)
+
+
+def _exchange(peer_distance: int, span: int, size: int, messages: int, device: torch.device) -> float:
+    """Seconds of one exchange in which every rank sends to the one `peer_distance` further within each `span`."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    assert group is not None
+    first = rank - rank % span
+    there = first + (rank - first + peer_distance) % span
+    here = first + (rank - first - peer_distance) % span
+    leaving, coming = (torch.zeros(messages, size, dtype=torch.uint8, device=device) for _ in range(2))
+    return _mean_seconds(
+        lambda: (
+            transport.current()
+            .post([(there, part) for part in leaving], [(here, part) for part in coming], group)
+            .wait()
+        ),
+        device,
+    )
+
+
+def _messages(device: torch.device) -> tuple[float, float]:
+    """Seconds of an exchange of one small message, and of each further one."""
+    world = dist.get_world_size()
+    one = _exchange(1, world, SMALL_BYTES, 1, device)
+    many = _exchange(1, world, SMALL_BYTES, MESSAGES, device)
+    return one, max((many - one) / (MESSAGES - 1), one / 100)
+
+
+def _bytes_per_s(peer_distance: int, span: int, device: torch.device, start: float) -> float:
+    """Per rank and direction, all ranks sending at once."""
+    size = 1 << 16
+    seconds = _exchange(peer_distance, span, size, 1, device)
+    while seconds - start < LONG and size < MOST_BYTES:
+        size *= 4
+        seconds = _exchange(peer_distance, span, size, 1, device)
+    return size / max(seconds - start, 1e-9)

@@ -1,0 +1,99 @@
+"""Calibration: every rank gets the same plausible machine, its file is read back, and misuse is refused."""
+
+import dataclasses
+
+import pytest
+import torch
+import yaml
+
+import sap_hf
+from sap_hf.cli import main
+from sap_hf.planning.cost import Shape
+from sap_hf.planning.hardware import find_hardware
+from sap_hf.runtime import calibrate as module
+from sap_hf.runtime import transport
+from tests.dist import run_ranks
+
+
+class Slow(transport.Transport):
+    """A wire that takes 50 us for each message and 1 us per KiB: what calibration must find again."""
+
+    SECONDS, BYTES_PER_S = 5e-5, 1e9
+
+    def post(self, sends, receives, group):
+        pending = super().post(sends, receives, group)
+        wait, size = pending.wait, sum(tensor.nbytes for _, tensor in sends)
+
+        def late():
+            wait()
+            module.time.sleep(len(sends) * self.SECONDS + size / self.BYTES_PER_S)
+
+        pending.wait = late
+        return pending
+
+
+def measure(rank, world, per_node, slow=False):
+    module.SECONDS, module.LONG = 0.02, 0.02
+    shape = Shape(2, 1, 32)
+    with transport.using(Slow() if slow else transport.current()):
+        return dataclasses.astuple(module.calibrate("here", shape, torch.device("cpu")))
+
+
+def test_all_ranks_get_the_same_machine():
+    found = run_ranks(measure, 2, 2, env={"LOCAL_WORLD_SIZE": "2"})
+    assert found[0] == found[1]
+    assert found[0][0] == "here"
+    assert found[0][-1] == 2
+
+
+def test_two_nodes_are_measured_apart():
+    *_, node, network, _, _, per_node = run_ranks(measure, 4, 2, env={"LOCAL_WORLD_SIZE": "2"})[0]
+    assert per_node == 2
+    assert node != network
+
+
+def test_a_slow_wire_is_found():
+    *_, node, _, message, _, _ = run_ranks(measure, 2, 2, True, env={"LOCAL_WORLD_SIZE": "2"})[0]
+    assert Slow.BYTES_PER_S / 8 < node < Slow.BYTES_PER_S
+    assert message > Slow.SECONDS
+
+
+def write(rank, world, path):
+    module.SECONDS, module.LONG = 0.02, 0.02
+    return main(["bench", "--calibrate", path, "--heads", "2:1", "--head-dim", "32"])
+
+
+def test_the_file_is_a_hardware(tmp_path):
+    path = tmp_path / "here.yaml"
+    assert run_ranks(write, 2, str(path), init=False, env={"LOCAL_WORLD_SIZE": "2"}) == [0, 0]
+    assert dataclasses.asdict(find_hardware(str(path))) == yaml.safe_load(path.read_text())
+    assert sap_hf.plan([5, 3], cp_size=2, hardware=str(path)).hardware.name == "here"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["here.yaml"], "torchrun"),
+        (["here.txt"], ".yaml"),
+        (["here.yaml", "--heads", "3:2"], "multiple"),
+        (["here.yaml", "--heads", "3"], "32:8"),
+    ],
+)
+def test_misuse_is_refused(arguments, reason, capsys, monkeypatch):
+    if reason == "torchrun":
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", "0")
+    assert main(["bench", "--calibrate", *arguments]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_one_process_has_nothing_to_send():
+    assert "torchrun" in run_ranks(alone, 1)[0]
+
+
+def alone(rank, world):
+    try:
+        module.calibrate("here", Shape(), torch.device("cpu"))
+    except sap_hf.errors.LayoutError as error:
+        return str(error)
