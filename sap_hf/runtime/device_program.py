@@ -30,7 +30,7 @@ class DeviceRows:
     def add_to(self, buffer: torch.Tensor, part: torch.Tensor) -> None:
         """Add part to the rows, in place and always in the same order."""
         if isinstance(self.at, slice):
-            buffer[self.at] += part
+            buffer[self.at].add_(part)
             return
         # No row repeats within one index_add_: its result does not depend on the order of atomic adds.
         for rows, positions in self.rounds or ((self.at, None),):

@@ -95,7 +95,7 @@ def collect(dkv: torch.Tensor, home: torch.Tensor, loaded: DeviceProgram, at: in
         part = home[offset : offset + m.stop - m.start]
         offset += m.stop - m.start
         if index is None:
-            dkv[m.start : m.stop] += part
+            dkv[m.start : m.stop].add_(part)
         else:
             dkv.index_add_(0, index[m.start : m.stop], part.to(dkv.dtype))
 
