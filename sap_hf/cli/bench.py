@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from sap_hf.cli.plan import heads_option
 from sap_hf.errors import ConfigError, LayoutError
 
 
@@ -23,7 +24,11 @@ def add(commands: Any) -> None:
         help="write what plans need to know of this machine: SapConfig(hardware=FILE.yaml)",
     )
     bench.add_argument(
-        "--heads", default="32:8", metavar="H:K", help="query and kv heads of the layer (default 32:8)"
+        "--heads",
+        type=heads_option,
+        default="32:8",
+        metavar="H:K",
+        help="query and kv heads of the layer (default 32:8)",
     )
     bench.add_argument("--head-dim", type=int, default=128, help="their width (default 128)")
     bench.set_defaults(run=_calibrate)
@@ -49,7 +54,10 @@ def _calibrate(options: argparse.Namespace) -> None:
     from sap_hf.planning.cost import Shape
     from sap_hf.runtime.calibrate import calibrate
 
-    shape = Shape(*_heads(options.heads), options.head_dim)
+    query, kv = options.heads
+    if not kv or query % kv:
+        raise LayoutError(f"--heads {query}:{kv}: the query heads must be a multiple of the kv heads.")
+    shape = Shape(query, kv, options.head_dim)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -69,13 +77,3 @@ def _calibrate(options: argparse.Namespace) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-
-
-def _heads(text: str) -> tuple[int, int]:
-    parts = text.split(":")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"--heads {text}: give query and kv heads, as in 32:8.")
-    query, kv = map(int, parts)
-    if query % kv:
-        raise LayoutError(f"--heads {text}: {query} is not a multiple of {kv}.")
-    return query, kv

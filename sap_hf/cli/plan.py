@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
     )
     show.add_argument("--window", type=int, help="keys a query sees, itself included")
     show.add_argument(
-        "--heads", type=_heads, default=(32, 8), metavar="H:K", help="query and kv heads (default 32:8)"
+        "--heads", type=heads_option, default=(32, 8), metavar="H:K", help="query and kv heads (default 32:8)"
     )
     show.add_argument("--head-dim", type=int, default=128, help="their width (default 128)")
     show.add_argument(
@@ -122,6 +122,7 @@ def _pack_of_dataset(path: str, rows: int, number: int) -> Int64:
 
 def _document_lengths(path: str) -> Int64:
     """Rows of every document of a dataset on disk."""
+    import pyarrow as pa
     from datasets import Dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
 
@@ -134,7 +135,7 @@ def _document_lengths(path: str) -> Int64:
         raise DataError(
             f"--dataset {path}: neither a .jsonl or .parquet file nor a folder of save_to_disk."
         ) from error
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, pa.ArrowInvalid) as error:
         raise DataError(f"--dataset {path}: not read: {error.__cause__ or error}") from error
     if not isinstance(dataset, Dataset):
         raise DataError(
@@ -169,7 +170,7 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.replace(" ", "").split(",") if part]
 
 
-def _heads(text: str) -> tuple[int, int]:
+def heads_option(text: str) -> tuple[int, int]:
     query, _, kv = text.partition(":")
     if not query.isdecimal() or not kv.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not QUERY:KV, as in 32:8")

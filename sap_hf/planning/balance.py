@@ -7,13 +7,14 @@ that rows and work require. `balance_search` makes each of them even in work and
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from sap_hf.planning.balance_search import SHARE, Problem, improve
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.layout import Layout
+from sap_hf.planning.schedule import sum_by
 
 # A balanced layout's busiest rank has at most this much of the mean work, in thousandths.
 LIMIT = 1050
@@ -24,6 +25,8 @@ FEW_PER_RANK = 8
 FEW = 4096
 # Documents with less than this part of a rank's work are placed by a heap, all of them at once.
 SMALL = SHARE // 4
+# Above every score.
+NEVER = np.iinfo(np.int64).max
 
 # runs (n, 3) document, start, stop; the item that each belongs to (n,); the rank of each item (m,).
 Start = tuple[Int64, Int64, Int64]
@@ -39,22 +42,22 @@ def balanced(documents: Documents, cp_size: int, windows: Mapping[int | None, in
     """
     p = Problem(documents.lengths, cp_size, windows)
     few = len(documents) <= FEW_PER_RANK * cp_size
-    members = sorted(MEMBERS, key=lambda member: expected_rows(p, member(p))) if few else MEMBERS
+    names = sorted(MEMBERS, key=lambda name: expected_rows(p, MEMBERS[name](p))) if few else list(MEMBERS)
     tries = len(ALWAYS) if _is_small(documents, cp_size) else 1
-    best: tuple[tuple[int, int], Int64] | None = None
-    for number, member in enumerate(members):
+    best: tuple[tuple[int, int], Int64, str] | None = None
+    for number, name in enumerate(names):
         if best is not None and best[0][0] == 0 and number >= tries:
             break
-        start = member(p)
+        start = MEMBERS[name](p)
         # Improving a start makes it even; it seldom makes it move less.
         if best is not None and best[0][0] == 0 and rows_moved(p, start) >= best[0][1]:
             continue
         runs = improve(p, *start, LIMIT)
         score = _score(p, runs)
         if best is None or score < best[0]:
-            best = (score, runs)
+            best = (score, runs, name)
     assert best is not None
-    return lay_out(documents, cp_size, best[1])
+    return lay_out(documents, cp_size, *best[1:])
 
 
 def portfolio(documents: Documents, cp_size: int, windows: Mapping[int | None, int]) -> list[Layout]:
@@ -65,7 +68,9 @@ def portfolio(documents: Documents, cp_size: int, windows: Mapping[int | None, i
     if not _is_small(documents, cp_size):
         return [balanced(documents, cp_size, windows)]
     p = Problem(documents.lengths, cp_size, windows)
-    return [lay_out(documents, cp_size, improve(p, *member(p), LIMIT)) for member in MEMBERS]
+    return [
+        lay_out(documents, cp_size, improve(p, *member(p), LIMIT), name) for name, member in MEMBERS.items()
+    ]
 
 
 def _is_small(documents: Documents, cp_size: int) -> bool:
@@ -74,8 +79,7 @@ def _is_small(documents: Documents, cp_size: int) -> bool:
 
 def _score(p: Problem, runs: Int64) -> tuple[int, int]:
     """Work above the limit, then rows moved."""
-    work = np.zeros(p.cp_size, np.int64)
-    np.add.at(work, runs[:, 0], p.upto(runs[:, 3]) - p.upto(runs[:, 2]))
+    work = sum_by(runs[:, 0], p.upto(runs[:, 3]) - p.upto(runs[:, 2]), p.cp_size)
     over = max(int(work.max()) * 1000 * p.cp_size - int(p.work.sum()) * LIMIT, 0)
     return over, rows_moved(p, (runs[:, 1:], np.arange(len(runs)), runs[:, 0]))
 
@@ -85,7 +89,7 @@ def document_aware(p: Problem, limit: int = LIMIT - 20) -> Start:
 
     A reader of a tail needs all rows before it, so that few and short heads are cheap.
     """
-    lengths, ranks = p.lengths, np.arange(p.cp_size)
+    lengths = p.lengths
     order = np.argsort(-p.work, kind="stable")
     u, v = p.shares(p.work, lengths)
     most = SHARE * limit // 1000
@@ -100,10 +104,9 @@ def document_aware(p: Problem, limit: int = LIMIT - 20) -> Start:
         minus_work, rows, document, stop = heapq.heappop(waiting)
         work, start = -minus_work, 0
         score = work * load + rows * full
-        fits = (load + work <= most) & (full + rows <= SHARE + SHARE // 50)
-        if fits.any():
-            to = int(ranks[fits][score[fits].argmin()])
-        else:
+        fits = (load <= most - work) & (full <= SHARE + SHARE // 50 - rows)
+        to = int(np.where(fits, score, NEVER).argmin())
+        if not fits[to]:
             budget = np.where(
                 full < SHARE - SHARE // 50, most - load - spare * (SHARE - full) // SHARE, -SHARE
             )
@@ -175,9 +178,9 @@ def zigzag_parts(p: Problem, part: int = 1000) -> Start:
     n = chunks[document]
     runs = np.stack([document, p.lengths[document] * i // n, p.lengths[document] * (i + 1) // n], axis=1)
     item = np.repeat(np.cumsum(parts) - parts, chunks) + np.minimum(i, n - 1 - i)
-    work, rows = np.zeros(int(parts.sum()), np.int64), np.zeros(int(parts.sum()), np.int64)
-    np.add.at(work, item, p.upto(runs[:, 2]) - p.upto(runs[:, 1]))
-    np.add.at(rows, item, runs[:, 2] - runs[:, 1])
+    items = int(parts.sum())
+    work = sum_by(item, p.upto(runs[:, 2]) - p.upto(runs[:, 1]), items)
+    rows = sum_by(item, runs[:, 2] - runs[:, 1], items)
     return runs, item, _largest_first(p, *p.shares(work, rows))
 
 
@@ -211,8 +214,7 @@ def chunks(p: Problem, per_rank: int = 4) -> Start:
     begin = (ends - p.lengths)[document]
     runs = np.stack([document, first - begin, last - begin], axis=1)
     chunk = np.searchsorted(np.unique(edges[edges > 0]), first, side="right")
-    work = np.zeros(int(chunk[-1]) + 1, np.int64)
-    np.add.at(work, chunk, p.upto(runs[:, 2]) - p.upto(runs[:, 1]))
+    work = sum_by(chunk, p.upto(runs[:, 2]) - p.upto(runs[:, 1]), int(chunk[-1]) + 1)
     heap = [(0, rank) for rank in range(p.cp_size)]
     taken, rank = [0] * p.cp_size, np.zeros(len(work), np.int64)
     for i in np.argsort(-work, kind="stable").tolist():
@@ -240,9 +242,8 @@ def expected_rows(p: Problem, start: Start) -> int:
     """Rows that a start moves, and about as many as making it even and exact will add."""
     runs, item, rank = start
     owner = rank[item]
-    work, rows = np.zeros(p.cp_size, np.int64), np.zeros(p.cp_size, np.int64)
-    np.add.at(work, owner, p.upto(runs[:, 2]) - p.upto(runs[:, 1]))
-    np.add.at(rows, owner, runs[:, 2] - runs[:, 1])
+    work = sum_by(owner, p.upto(runs[:, 2]) - p.upto(runs[:, 1]), p.cp_size)
+    rows = sum_by(owner, runs[:, 2] - runs[:, 1], p.cp_size)
     excess = np.maximum(work - p.share * (LIMIT - 10) // 1000, 0)
     heads = sum(p.rows_with(w) for w in excess.tolist() if w)
     too_many = int(np.maximum(rows - p.rows_per_rank, 0).sum())
@@ -254,8 +255,8 @@ def expected_rows(p: Problem, start: Start) -> int:
     return rows_moved(p, start) + heads + too_many
 
 
-def lay_out(documents: Documents, cp_size: int, runs: Int64) -> Layout:
-    """Runs (rank, document, start, stop) as a Layout; padding fills what is left of C."""
+def lay_out(documents: Documents, cp_size: int, runs: Int64, start: str) -> Layout:
+    """Runs (rank, document, start, stop) as a Layout; padding fills what is left of C. start: what they come from."""
     share = -(-documents.rows // cp_size)
     # Ranks that share the longest documents become neighbours: they are the likeliest to be in one node.
     longest = np.full(cp_size, len(documents), np.int64)
@@ -266,9 +267,7 @@ def lay_out(documents: Documents, cp_size: int, runs: Int64) -> Layout:
     name[np.argsort(longest, kind="stable")] = np.arange(cp_size)
     rank, first = name[runs[:, 0]], documents.cu_seqlens[runs[:, 1]]
     segments = np.stack([rank, first + runs[:, 2], first + runs[:, 3]], axis=1)
-    held = np.zeros(cp_size, np.int64)
-    np.add.at(held, rank, runs[:, 3] - runs[:, 2])
-    missing = share - held
+    missing = share - sum_by(rank, runs[:, 3] - runs[:, 2], cp_size)
     stop = documents.rows + np.cumsum(missing)
     padding = np.stack([np.arange(cp_size), stop - missing, stop], axis=1)
     segments = np.concatenate([segments, padding[missing > 0]])
@@ -277,14 +276,19 @@ def lay_out(documents: Documents, cp_size: int, runs: Int64) -> Layout:
     new[1:] = (segments[1:, 0] != segments[:-1, 0]) | (segments[1:, 1] != segments[:-1, 2])
     last = np.append(np.flatnonzero(new)[1:] - 1, len(segments) - 1)
     segments = np.stack([segments[new, 0], segments[new, 1], segments[last, 2]], axis=1)
-    return Layout("balanced", cp_size, share, segments)
+    return Layout("balanced", cp_size, share, segments, start)
 
 
-# The first ones are worth improving side by side; the others where those stay uneven.
-ALWAYS: Sequence[Callable[[Problem], Start]] = (
-    document_aware,
-    zigzag_parts,
-    lambda p: document_aware(p, 1000),
-    lambda p: document_aware(p, 1045),
-)
-MEMBERS: Sequence[Callable[[Problem], Start]] = (*ALWAYS, lambda p: zigzag_parts(p, 500), chunks)
+# The first ones are worth improving side by side; the others where those stay uneven. A name is the function and its
+# argument.
+ALWAYS: Mapping[str, Callable[[Problem], Start]] = {
+    "document_aware": document_aware,
+    "zigzag_parts": zigzag_parts,
+    "document_aware 1000": lambda p: document_aware(p, 1000),
+    "document_aware 1045": lambda p: document_aware(p, 1045),
+}
+MEMBERS: Mapping[str, Callable[[Problem], Start]] = {
+    **ALWAYS,
+    "zigzag_parts 500": lambda p: zigzag_parts(p, 500),
+    "chunks": chunks,
+}

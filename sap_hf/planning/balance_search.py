@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from math import isqrt
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sap_hf.planning.documents import Int64
+from sap_hf.planning.layout import pairs_upto
+from sap_hf.planning.schedule import sum_by
 
 # One rank's equal share of the work, or of the rows, in the units that the searches compare.
 SHARE = 1 << 20
@@ -27,6 +30,9 @@ WORK_WEIGHT = 4
 # How far below the limit the search aims, in thousandths: filling the rows adds work where there is least choice.
 MARGIN = 12
 TURNS = 4
+# Larger items, and gaps between ranks, count as this large in a swap.
+LARGE = 1 << 22
+FAR = 1 << 27
 
 # rank, document, and the rows [start, stop) counted from the document's first row.
 Run = tuple[int, int, int, int]
@@ -64,11 +70,7 @@ class Problem:
 
     def upto(self, rows: Int64) -> Int64:
         """Work of a document's first `rows` rows."""
-        total = np.zeros_like(rows)
-        for window, layers in self.windows.items():
-            near = rows if window is None else np.minimum(rows, window)
-            total += layers * (near * (near + 1) // 2 + (rows - near) * (window or 0))
-        return total
+        return pairs_upto(rows, self.windows)
 
     def upto_one(self, rows: int) -> int:
         """`upto` for one number."""
@@ -95,12 +97,21 @@ class Problem:
         return (work >> shift) * SHARE // max(1, self.share >> shift), rows * SHARE // self.rows_per_rank
 
 
-def swap(p: Problem, rank: Int64, work: Int64, rows: Int64, rounds: int, most: int | None = None) -> Int64:
+def swap(
+    p: Problem,
+    rank: Int64,
+    work: Int64,
+    rows: Int64,
+    rounds: int,
+    most: int | None = None,
+    fixed: NDArray[np.bool_] | None = None,
+) -> Int64:
     """Move or swap whole items between pairs of ranks, a loaded one with a spare one, all pairs at once.
 
     Args:
         rank: (m,) of each item. work, rows: (m,) in units of SHARE.
         most: None evens out work and rows. Else only rows, where no rank's work grows above `most`.
+        fixed: (m,) items that stay where they are; None for none.
 
     Returns:
         (m,) the new ranks.
@@ -109,64 +120,70 @@ def swap(p: Problem, rank: Int64, work: Int64, rows: Int64, rounds: int, most: i
     if not half:
         return rank
     # Item n is "nothing": swapping with it is a move.
-    rank, work, rows = np.append(rank, 0), np.append(work, 0), np.append(rows, 0)
-    pairs = np.arange(half)
-    load, full = np.zeros(p.cp_size, np.int64), np.zeros(p.cp_size, np.int64)
-    np.add.at(load, rank, work)
-    np.add.at(full, rank, rows)
+    rank, size = np.append(rank, 0), np.zeros((n + 1, 2))
+    size[:n, 0], size[:n, 1] = work, rows
+    # Whole numbers below 2**53 all along: products and sums are exact, in whatever order a machine takes them.
+    held_by = np.stack([sum_by(rank[:n], of, p.cp_size) for of in (work, rows)], axis=1).astype(np.float64)
+    np.minimum(size, LARGE, out=size)
+    weight = np.array([WORK_WEIGHT if most is None else 0, 1.0])
+    given, taken = np.ones((n + 1, 4)), np.ones((n + 1, 4))
+    given[:, 0] = taken[:, 1] = size**2 @ weight
+    given[:, 2:], taken[:, 2:] = -2 * weight * size, size
+    between = np.tile(np.eye(4), (half, 1, 1))
     for turn in range(rounds):
         if turn % PAIRINGS == 0:
-            held = _sample(rank, p.cp_size, turn)
+            held = _sample(rank, p.cp_size, turn, fixed)
             width = held.shape[1]
-        key = full if most is not None or turn % 3 == 1 else load if turn % 3 == 0 else load + full
-        by_key = np.argsort(key, kind="stable")
-        low, high = by_key[:half], by_key[::-1][:half]
+            first = np.arange(half) * width * width
+        key = held_by[:, 1] if most is not None or turn % 3 == 1 else held_by[:, 0]
+        if most is None and turn % 3 == 2:
+            key = key + held_by[:, 1]
+        by_key = key.argsort(kind="stable")
+        low, high = by_key[:half], by_key[: -half - 1 : -1]
         if turn % 4 == 3:
             low = np.roll(low, turn // 4 + 1)
-        mine, theirs = held[high], held[low]
-        # The change of the sum of squared loads, halved, term by term: few operations on the large array.
-        give, take, gap = rows[mine], rows[theirs], (full[high] - full[low])[:, None]
-        alone, other = give * (give - gap), take * (take + gap)
-        both = give[:, :, None] * (2 * take)[:, None, :]
-        give, take, gap = work[mine], work[theirs], (load[high] - load[low])[:, None]
-        if most is None:
-            alone += WORK_WEIGHT * give * (give - gap)
-            other += WORK_WEIGHT * take * (take + gap)
-            both += give[:, :, None] * (2 * WORK_WEIGHT * take)[:, None, :]
-        gain = alone[:, :, None] + other[:, None, :] - both
+        mine, theirs = held.take(high, axis=0), held.take(low, axis=0)
+        rich, poor = held_by.take(high, axis=0), held_by.take(low, axis=0)
+        # How the sum of squared loads changes, halved: of work and rows (give - take) * (give - take - gap).
+        gap = np.minimum(rich - poor, FAR)
+        between[:, 2:, 0], between[:, 1, 2:] = gap / 2, weight * gap
+        gain = given.take(mine, axis=0) @ between @ taken.take(theirs, axis=0).transpose(0, 2, 1)
         if most is not None:
-            limit = np.maximum(np.maximum(load[high], load[low]), most)
-            more = give[:, :, None] - take[:, None, :]
-            gain[more > (limit - load[low])[:, None, None]] = 0
-            gain[more < (load[high] - limit)[:, None, None]] = 0
-        flat = gain.reshape(half, -1)
-        chosen = flat.argmin(axis=1)
-        good = np.flatnonzero(flat[pairs, chosen] < 0)
+            limit = np.maximum(np.maximum(rich[:, 0], poor[:, 0]), most)
+            more = size[:, 0].take(mine)[:, :, None] - size[:, 0].take(theirs)[:, None, :]
+            gain *= (more <= (limit - poor[:, 0])[:, None, None]) & (
+                more >= (rich[:, 0] - limit)[:, None, None]
+            )
+        chosen = gain.reshape(half, -1).argmin(axis=1)
+        good = (gain.take(chosen + first) < 0).nonzero()[0]
         low, high, chosen = low[good], high[good], chosen[good]
-        i, j = chosen // width, chosen % width
-        gone, come = held[high, i], held[low, j]
+        i = chosen // width
+        j = chosen - i * width
+        gone, come = mine[good, i], theirs[good, j]
         held[high, i], held[low, j] = come, gone
         # The last entry stands for "nothing" and is written along with the others.
         rank[gone], rank[come] = low, high
-        more_work, more_rows = work[gone] - work[come], rows[gone] - rows[come]
-        load[high] -= more_work
-        load[low] += more_work
-        full[high] -= more_rows
-        full[low] += more_rows
+        moved = size.take(gone, axis=0) - size.take(come, axis=0)
+        held_by[high] -= moved
+        held_by[low] += moved
     return rank[:n]
 
 
-def _sample(rank: Int64, ranks: int, turn: int) -> Int64:
+def _sample(rank: Int64, ranks: int, turn: int, fixed: NDArray[np.bool_] | None) -> Int64:
     """(ranks, k) items of each rank, spread evenly over their order, others in another turn; and "nothing"."""
     n = len(rank) - 1
-    order = np.argsort(rank[:n], kind="stable")
-    sizes = np.bincount(rank[:n], minlength=ranks)
+    # Sorting 16 bits is several times as fast, and there are fewer ranks than that.
+    order = np.argsort(rank[:n].astype(np.uint16), kind="stable")
+    if fixed is not None:
+        order = order[~fixed[order]]
+    sizes = np.bincount(rank[order], minlength=ranks)
     width = min(int(sizes.max()), LOOKED_AT)
-    first, sizes = (np.cumsum(sizes) - sizes)[:, None], sizes[:, None]
-    column = np.arange(width)
-    at = np.where(sizes <= width, column, (column * sizes // width + turn) % np.maximum(sizes, 1))
     held = np.full((ranks, width + 1), n)
-    held[:, :width] = np.where(column < sizes, order[np.minimum(first + at, n - 1)], n)
+    if width:
+        first, sizes = (sizes.cumsum() - sizes)[:, None], sizes[:, None]
+        column = np.arange(width)
+        at = first + (column * np.maximum(sizes, width) // width + turn) % np.maximum(sizes, 1)
+        held[:, :width] = np.where(column < sizes, order.take(at, mode="clip"), n)
     return held
 
 
@@ -182,10 +199,8 @@ class Ranks:
         self.runs: list[list[tuple[int, int, int, int, int]]] = [
             table[a:b] for a, b in itertools.pairwise(border)
         ]
-        work, rows = np.zeros(p.cp_size, np.int64), np.zeros(p.cp_size, np.int64)
-        np.add.at(work, runs[:, 0], high - low)
-        np.add.at(rows, runs[:, 0], runs[:, 3] - runs[:, 2])
-        self.work, self.rows = work.tolist(), rows.tolist()
+        self.work: list[int] = sum_by(runs[:, 0], high - low, p.cp_size).tolist()
+        self.rows: list[int] = sum_by(runs[:, 0], runs[:, 3] - runs[:, 2], p.cp_size).tolist()
         # Where the last run of (document, rank) stops: that rank receives every row before it. Cut documents only.
         self.end: dict[tuple[int, int], int] = {}
         for rank, document, _, stop in runs[runs[:, 3] - runs[:, 2] < p.lengths[runs[:, 1]]].tolist():
@@ -213,13 +228,11 @@ class Ranks:
         self.add(one, document, start, cut, low, middle)
         self.add(other, document, cut, stop, middle, high)
 
-    def price(self, document: int, to: int, start: int, stop: int, rows: int, head: bool) -> int:
-        """Rows that must move in addition if `to` takes the first or last `rows` rows of that run."""
+    def prices(self, document: int, to: int, start: int, stop: int, rows: int) -> tuple[int, int]:
+        """Rows that must move in addition if `to` takes the first `rows` rows of that run, and the last ones."""
         end = self.end.get((document, to), 0)
-        if not head:
-            return stop - rows - end if end < stop else -rows
         left = rows if rows < stop - start else 0
-        return left - rows if end > start else left + start - end
+        return left - rows if end > start else left + start - end, stop - rows - end if end < stop else -rows
 
     def array(self) -> Int64:
         """(n, 4) runs: rank, document, start, stop."""
@@ -249,7 +262,7 @@ def cut_work(ranks: Ranks, most: int, budget: int) -> None:
                 if not 0 < rows < stop - start:
                     continue
                 # As many rows will have to come back.
-                price = ranks.price(document, idle, start, stop, rows, head) + rows
+                price = ranks.prices(document, idle, start, stop, rows)[not head] + rows
                 if best is None or price < best[0]:
                     best = (price, at, rows, head)
         if best is None:
@@ -266,19 +279,33 @@ def fill(ranks: Ranks, most: int) -> None:
     for source in sorted(everyone, key=lambda r: -ranks.rows[r]):
         while ranks.rows[source] > room:
             wanted = min(ranks.rows[source] - room, room - min(ranks.rows))
-            # Of the ranks that can take it all, the one with least work.
-            to = min((r for r in everyone if ranks.rows[r] + wanted <= room), key=ranks.work.__getitem__)
+            # Of the ranks that can take half of it, the one with least work.
+            half = (wanted + 1) // 2
+            to = min((r for r in everyone if ranks.rows[r] + half <= room), key=ranks.work.__getitem__)
+            wanted = min(wanted, room - ranks.rows[to])
             mine = ranks.runs[source]
+            spare = max(most - ranks.work[to], 0)
             best: tuple[int, int, int, bool] | None = None
             for at in range(len(mine)):
                 document, start, stop, low, high = mine[at]
                 rows = min(wanted, stop - start)
-                for head in (True, False):
-                    price = ranks.price(document, to, start, stop, rows, head) + wanted - rows
+                prices = ranks.prices(document, to, start, stop, rows)
+                if best is not None and min(prices) + wanted - rows >= best[0]:
+                    continue
+                for head, price in zip((True, False), prices):
+                    price += wanted - rows
                     if best is not None and price >= best[0]:
                         continue
                     if head:
                         work = (high if rows == stop - start else p.upto_one(start + rows)) - low
+                        if work > spare:
+                            # Two short heads weigh less than a long one.
+                            few = p.rows_with(low + spare) - start
+                            if 4 * few > rows:
+                                price = ranks.prices(document, to, start, stop, few)[0] + wanted - few
+                                if best is None or price < best[0]:
+                                    best = (price, at, few, head)
+                                continue
                     else:
                         work = high - (low if rows == stop - start else p.upto_one(stop - rows))
                     over = max(ranks.work[to] + work - most, 0) + max(ranks.work[source] - work - most, 0)
@@ -300,7 +327,7 @@ def improve(p: Problem, runs: Int64, item: Int64, rank: Int64, limit: int) -> In
     Returns:
         (k, 4) runs: rank, document, start, stop.
     """
-    rounds = min(24, 8 + p.cp_size // 4)
+    rounds = min(24, 4 + p.cp_size // 2)
     work, rows = _sizes(p, runs, item, len(rank))
     rank = swap(p, rank, work, rows, rounds)
     placed = np.concatenate([rank[item][:, None], runs], axis=1)
@@ -313,7 +340,9 @@ def improve(p: Problem, runs: Int64, item: Int64, rank: Int64, limit: int) -> In
             cut_work(ranks, most - p.share // 100, 2 * p.cp_size)
             placed = ranks.array()
             work, rows = _sizes(p, placed[:, 1:], np.arange(len(placed)), len(placed))
-        placed[:, 0] = swap(p, placed[:, 0], work, rows, rounds // 3, most * SHARE // p.share)
+        # Only whole documents from the second turn on: a cut one has found its place by then.
+        cut = placed[:, 3] - placed[:, 2] < p.lengths[placed[:, 1]] if turn else None
+        placed[:, 0] = swap(p, placed[:, 0], work, rows, rounds // 3, most * SHARE // p.share, cut)
         ranks = Ranks(p, placed)
         fill(ranks, most)
         placed = ranks.array()
@@ -323,7 +352,5 @@ def improve(p: Problem, runs: Int64, item: Int64, rank: Int64, limit: int) -> In
 
 
 def _sizes(p: Problem, runs: Int64, item: Int64, items: int) -> tuple[Int64, Int64]:
-    work, rows = np.zeros(items, np.int64), np.zeros(items, np.int64)
-    np.add.at(work, item, p.upto(runs[:, 2]) - p.upto(runs[:, 1]))
-    np.add.at(rows, item, runs[:, 2] - runs[:, 1])
-    return p.shares(work, rows)
+    work = sum_by(item, p.upto(runs[:, 2]) - p.upto(runs[:, 1]), items)
+    return p.shares(work, sum_by(item, runs[:, 2] - runs[:, 1], items))

@@ -7,22 +7,20 @@ same to the last bit on every rank: elementwise operations and sums in index ord
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sap_hf.planning.documents import Int64
 from sap_hf.planning.hardware import Hardware
 from sap_hf.planning.schedule import (
-    DESTINATION,
     Q_START,
     Q_STOP,
     RANK,
-    SOURCE,
-    START,
-    STOP,
     Schedule,
-    Step,
     is_full,
+    sum_by,
     tile_pairs,
 )
 
@@ -58,12 +56,14 @@ class Seconds:
     Attributes:
         forward, backward: kernels, and the copies around them.
         forward_exposed, backward_exposed: waiting for other ranks' rows.
+        least: no more than forward and backward take, however many stages bring the same rows.
     """
 
     forward: Float64
     forward_exposed: Float64
     backward: Float64
     backward_exposed: Float64
+    least: Float64
 
     @property
     def total(self) -> Float64:
@@ -80,110 +80,169 @@ def critical_rows(shape: Shape, hardware: Hardware, inside_node: bool) -> int:
     return int(-(-shape.bytes_per_row * hardware.flops_per_s // (rate * shape.flops_per_pair)))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Wires:
+    """How the S stages of a schedule travel.
+
+    Attributes:
+        deliveries: S names.
+        there, back: (S, W) seconds until each rank has sent and received its part: of the rows in the forward, and of
+            dK/dV on their way home.
+        link: (W,) seconds that the bytes of all stages take on a rank's links, one way.
+    """
+
+    deliveries: tuple[str, ...]
+    there: Float64
+    back: Float64
+    link: Float64
+
+
+def wire_seconds(
+    schedule: Schedule, names: Sequence[str], cp_size: int, shape: Shape, hardware: Hardware
+) -> Wires:
+    """Each stage by the delivery among `names` that takes least there and back, the earlier one on a tie.
+
+    Inside the node and between nodes different links carry the rows, at the same time. An all-gather between nodes
+    brings every row to a node once, spread over its ranks; dK/dV come home from it by an all-to-all.
+    """
+    steps = [step.transfers for step in schedule.steps if len(step.transfers)]
+    stages, node = len(steps), hardware.ranks_per_node
+    if not stages:
+        none = np.zeros((0, cp_size))
+        return Wires((), none, none, np.zeros(cp_size))
+    source, destination, start, stop = np.concatenate(steps).T
+    stage = np.repeat(np.arange(stages), [len(transfers) for transfers in steps])
+    amount = (stop - start) * shape.bytes_per_row
+    # [inside or outside the node, stage, rank]
+    at = ((source // node != destination // node) * stages + stage) * cp_size
+    sent, received = (
+        sum_by(at + rank, amount, 2 * stages * cp_size).reshape(2, stages, cp_size)
+        for rank in (source, destination)
+    )
+    busiest = np.maximum(sent, received)
+    link = _both_links(busiest, hardware)
+    messages = [
+        np.bincount(stage * cp_size + rank, minlength=stages * cp_size) for rank in (source, destination)
+    ]
+    peers = np.zeros((stages, cp_size, cp_size), bool)
+    peers[stage, source, destination] = True
+    ways: list[tuple[Float64, Float64]] = []
+    for name in names:
+        if name == "p2p":
+            way = _started(link, np.maximum(*messages).reshape(stages, cp_size), hardware)
+            ways.append((way, way))
+            continue
+        # Rows of many places are read and written once more, to lie together when they are sent.
+        count = np.maximum(peers.sum(axis=1), peers.sum(axis=2))
+        there, back = (
+            _started(link + (packed * 2).sum(axis=0) / hardware.copy_bytes_per_s, count, hardware)
+            for packed in (sent, received)
+        )
+        if name == "all_gather":
+            ranks = min(node, cp_size)
+            once = np.stack([busiest[0] + busiest[1] * (ranks - 1) // ranks, busiest[1] // ranks])
+            hops = ranks + cp_size // ranks - 2
+            there = _both_links(once, hardware) + hardware.step_seconds + hops * hardware.message_seconds
+        ways.append((there, back))
+    best = np.argmin([there.max(axis=1) + back.max(axis=1) for there, back in ways], axis=0).tolist()
+    return Wires(
+        tuple(names[way] for way in best),
+        np.stack([ways[way][0][i] for i, way in enumerate(best)]),
+        np.stack([ways[way][1][i] for i, way in enumerate(best)]),
+        _both_links(np.maximum(sent.sum(axis=1), received.sum(axis=1)), hardware),
+    )
+
+
+def gather_link_seconds(held: Int64, shape: Shape, hardware: Hardware) -> tuple[Float64, Float64]:
+    """(W,) seconds that links need at least to bring all ranks' (W,) `held` rows to every rank, and dK/dV home."""
+    cp_size, node = len(held), hardware.ranks_per_node
+    nodes = np.arange(cp_size) // node
+    ranks = np.bincount(nodes)[nodes]
+    near = sum_by(nodes, held, int(nodes[-1]) + 1)[nodes]
+    inside = np.maximum(held * (ranks - 1), near - held)
+    outside = np.maximum(held * (cp_size - ranks), held.sum() - near)
+    home = _both_links(np.stack([inside, outside]) * shape.bytes_per_row, hardware)
+    once = _both_links(np.stack([inside, outside // min(node, cp_size)]) * shape.bytes_per_row, hardware)
+    return np.minimum(once, home), home
+
+
+def kernel_seconds(pairs: Int64, shape: Shape, hardware: Hardware) -> Float64:
+    """Seconds of the kernels alone on so many query-key pairs, forward and backward."""
+    flops = pairs * shape.flops_per_pair
+    return flops / hardware.flops_per_s + flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s)
+
+
+def _both_links(amount: Int64, hardware: Hardware) -> Float64:
+    """(2, ...) bytes inside the node and between nodes -> (...) seconds."""
+    seconds: Float64 = np.maximum(
+        amount[0] / hardware.node_bytes_per_s, amount[1] / hardware.network_bytes_per_s
+    )
+    return seconds
+
+
+def _started(seconds: Float64, messages: Int64, hardware: Hardware) -> Float64:
+    """`seconds`, and what it costs to start that many messages as one group."""
+    total: Float64 = seconds + messages * hardware.message_seconds + hardware.step_seconds * (messages > 0)
+    return total
+
+
 def layer_seconds(
-    schedule: Schedule, cp_size: int, shape: Shape, hardware: Hardware, keep: bool = False
+    schedule: Schedule, wires: Wires, shape: Shape, hardware: Hardware, keep: bool = False
 ) -> Seconds:
     """One layer under `schedule`, in the order in which the program posts, waits and attends.
 
     Args:
+        wires: how its stages travel.
         keep: the backward has the remote K/V still and does not fetch it again.
     """
-    stages = [step for step in schedule.steps if len(step.transfers)]
-    local = [step for step in schedule.steps if not len(step.transfers)]
-    wire = [wire_seconds(step, cp_size, shape, hardware) for step in stages]
-    home = [wire_seconds(step, cp_size, shape, hardware, returning=True) for step in stages]
-    own, own_back = _busy(local, schedule.window, cp_size, shape, hardware)
-    work = [_busy([step], schedule.window, cp_size, shape, hardware) for step in stages]
-    slots = schedule.slots or len(stages)
+    cp_size, stages = len(wires.link), len(wires.deliveries)
+    busy = _busy(schedule, cp_size, shape, hardware)
+    receives = np.array([len(step.transfers) > 0 for step in schedule.steps])
+    own, own_back = (sum(part[~receives], np.zeros(cp_size)) for part in busy)
+    work, work_back = (part[receives] for part in busy)
+    slots = schedule.slots or stages
 
     now, arrival = own, np.zeros(cp_size)
     done: list[Float64] = []
-    for i, (busy, _) in enumerate(work):
+    for i in range(stages):
         # Rows of stage i go into the slot that stage i - slots has been computed from.
-        arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + wire[i]
-        now = np.maximum(now, arrival) + busy
+        arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + wires.there[i]
+        now = np.maximum(now, arrival) + work[i]
         done.append(now)
-    forward = own + sum((busy for busy, _ in work), np.zeros(cp_size))
+    forward = own + sum(work, np.zeros(cp_size))
 
     # Half of the local work hides the second fetch, the other half what travels home.
     early = own_back / 2 if stages and not keep else np.zeros(cp_size)
     back, arrival, done = early, np.zeros(cp_size), []
-    departure = sum(wire, np.zeros(cp_size)) if not keep and slots >= len(stages) else np.zeros(cp_size)
-    for i, (_, busy) in enumerate(work):
+    departure = sum(wires.there, np.zeros(cp_size)) if not keep and slots >= stages else np.zeros(cp_size)
+    for i in range(stages):
         if not keep:
-            arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + wire[i]
+            arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + wires.there[i]
             back = np.maximum(back, arrival)
-        back = back + busy
+        back = back + work_back[i]
         done.append(back)
         # One communicator carries one exchange after the other: what goes home waits for the fetches before it.
-        departure = np.maximum(np.maximum(departure, back), arrival) + home[i]
-    backward = own_back + sum((busy for _, busy in work), np.zeros(cp_size))
+        departure = np.maximum(np.maximum(departure, back), arrival) + wires.back[i]
+    backward = own_back + sum(work_back, np.zeros(cp_size))
     end = np.maximum(back + own_back - early, departure)
-    return Seconds(forward, now - forward, backward, end - backward)
+    least = np.maximum(forward, wires.link) + np.maximum(backward, wires.link * (1 if keep else 2))
+    return Seconds(forward, now - forward, backward, end - backward, least)
 
 
-def _busy(
-    steps: list[Step], window: int | None, cp_size: int, shape: Shape, hardware: Hardware
-) -> tuple[Float64, Float64]:
-    """(W,) seconds of kernels and of merging what they give, forward and backward."""
-    forward, backward = np.zeros(cp_size), np.zeros(cp_size)
-    for step in steps:
-        tiles = step.tiles
-        pairs, rows = np.zeros(cp_size, np.int64), np.zeros(cp_size, np.int64)
-        np.add.at(pairs, tiles[:, RANK], tile_pairs(tiles, window))
-        np.add.at(rows, tiles[:, RANK], tiles[:, Q_STOP] - tiles[:, Q_START])
-        calls = np.zeros((cp_size, 2), bool)
-        calls[tiles[:, RANK], is_full(tiles).astype(np.int64)] = True
-        start = calls.sum(axis=1) * hardware.call_seconds
-        # A part of `out` is read, and the sum is read and written, in float32; dq likewise in the backward.
-        merge = rows * (3 * 4 * shape.num_heads * shape.head_dim / hardware.copy_bytes_per_s)
-        flops = pairs * shape.flops_per_pair
-        forward += flops / hardware.flops_per_s + start + merge
-        backward += flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s) + start + merge
-    return forward, backward
-
-
-def wire_seconds(
-    step: Step, cp_size: int, shape: Shape, hardware: Hardware, *, returning: bool = False
-) -> Float64:
-    """(W,) seconds until each rank has sent and received its part of the step's transfers.
-
-    Inside the node and between nodes different links carry the rows, at the same time. An all-gather between nodes
-    brings every row to a node once, spread over its ranks.
-
-    Args:
-        returning: the way home of dK/dV, which is never an all-gather: an all-to-all instead.
-    """
-    transfers = step.transfers
-    if not len(transfers):
-        return np.zeros(cp_size)
-    source, destination = transfers[:, SOURCE], transfers[:, DESTINATION]
-    amount = (transfers[:, STOP] - transfers[:, START]) * shape.bytes_per_row
-    node = hardware.ranks_per_node
-    outside = (source // node != destination // node).astype(np.int64)
-    # [rank, inside or outside its node]
-    sent, received = np.zeros((cp_size, 2), np.int64), np.zeros((cp_size, 2), np.int64)
-    np.add.at(sent, (source, outside), amount)
-    np.add.at(received, (destination, outside), amount)
-    peers, messages = np.zeros((cp_size, cp_size), bool), np.zeros((cp_size, 2), np.int64)
-    peers[source, destination] = True
-    np.add.at(messages[:, 0], source, 1)
-    np.add.at(messages[:, 1], destination, 1)
-    busiest = np.maximum(sent, received)
-    if step.delivery == "all_gather" and not returning:
-        ranks = min(node, cp_size)
-        inside, outside = busiest[:, 0] + busiest[:, 1] * (ranks - 1) // ranks, busiest[:, 1] // ranks
-        hops = np.full(cp_size, ranks + cp_size // ranks - 2)
-        wire = np.maximum(inside / hardware.node_bytes_per_s, outside / hardware.network_bytes_per_s)
-        gathered: Float64 = wire + hardware.step_seconds + hops * hardware.message_seconds
-        return gathered
-    wire = np.maximum(busiest[:, 0] / hardware.node_bytes_per_s, busiest[:, 1] / hardware.network_bytes_per_s)
-    if step.delivery == "p2p":
-        count = messages.max(axis=1)
-    else:
-        count = np.maximum(peers.sum(axis=0), peers.sum(axis=1))
-        # Rows of many places are read and written once more, to lie together when they are sent.
-        packed = (received if returning else sent) * 2
-        wire = wire + (packed[:, 0] + packed[:, 1]) / hardware.copy_bytes_per_s
-    total: Float64 = wire + count * hardware.message_seconds + hardware.step_seconds * (count > 0)
-    return total
+def _busy(schedule: Schedule, cp_size: int, shape: Shape, hardware: Hardware) -> tuple[Float64, Float64]:
+    """(steps, W) seconds of each step's kernels and of merging what they give, forward and backward."""
+    steps = len(schedule.steps)
+    tiles, size = schedule.tiles, steps * cp_size
+    at = np.repeat(np.arange(steps), [len(step.tiles) for step in schedule.steps]) * cp_size + tiles[:, RANK]
+    pairs = sum_by(at, tile_pairs(tiles, schedule.window), size)
+    rows = sum_by(at, tiles[:, Q_STOP] - tiles[:, Q_START], size)
+    # Full tiles are one call of the kernel, causal ones another.
+    calls = np.zeros((2, size), bool)
+    calls[is_full(tiles).astype(np.int64), at] = True
+    start = calls.sum(axis=0) * hardware.call_seconds
+    # A part of `out` is read, and the sum is read and written, in float32; dq likewise in the backward.
+    merge = rows * (3 * 4 * shape.num_heads * shape.head_dim / hardware.copy_bytes_per_s)
+    flops = pairs * shape.flops_per_pair
+    forward = flops / hardware.flops_per_s + start + merge
+    backward = flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s) + start + merge
+    return forward.reshape(steps, cp_size), backward.reshape(steps, cp_size)

@@ -1,7 +1,8 @@
-"""Heads: which attention heads each of U ranks computes when they exchange heads for rows (DeepSpeed-Ulysses).
+"""Heads: which attention heads each of U ranks computes when they exchange heads for rows, and what that costs.
 
-(query heads, kv heads, U) -> one Heads per rank. Query heads are dealt out in order, as evenly as whole heads allow;
-a rank gets every kv head that its query heads read, so a kv head may go to several ranks.
+As in DeepSpeed-Ulysses (arXiv 2309.14509). (query heads, kv heads, U) -> one Heads per rank. Query heads are dealt out
+in order, as evenly as whole heads allow; a rank gets every kv head that its query heads read, so a kv head may go to
+to several ranks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ import dataclasses
 import functools
 from itertools import groupby
 
+import numpy as np
+
 from sap_hf.errors import LayoutError
+from sap_hf.planning.cost import Float64, Shape
+from sap_hf.planning.hardware import Hardware
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +69,45 @@ def split_heads(num_heads: int, num_kv_heads: int, ulysses_size: int) -> tuple[H
         found.append(Heads(slice(start, stop), slice(read[0], read[-1] + 1), readers))
         start = stop
     return tuple(found)
+
+
+def rank_shapes(shape: Shape, ulysses_size: int) -> list[Shape]:
+    """What each of the ranks computes after the exchange."""
+    return [
+        dataclasses.replace(shape, num_heads=its.q_count, num_kv_heads=its.kv_count)
+        for its in split_heads(shape.num_heads, shape.num_kv_heads, ulysses_size)
+    ]
+
+
+def head_bytes(shape: Shape, ulysses_size: int, rows: int) -> tuple[Float64, Float64]:
+    """(U, U) bytes that each rank sends [source, destination] for q, k, v of its rows, and for out."""
+    heads = split_heads(shape.num_heads, shape.num_kv_heads, ulysses_size)
+    element = rows * shape.head_dim * shape.bytes_per_element
+    there = np.array([(its.q_count + 2 * its.kv_count) * element for its in heads], np.float64)
+    back = np.array([its.q_count * element for its in heads], np.float64)
+    others = 1 - np.eye(ulysses_size)
+    return others * there, others * back[:, None]
+
+
+def head_seconds(shape: Shape, ulysses_size: int, rows: int, hardware: Hardware) -> Float64:
+    """(U,) seconds of both exchanges of a forward; those of a backward move the same bytes the other way.
+
+    Args:
+        rows: of each rank.
+    """
+    if ulysses_size == 1:
+        return np.zeros(1)
+    node = np.arange(ulysses_size) // hardware.ranks_per_node
+    inside = node == node[:, None]
+    seconds = np.zeros(ulysses_size)
+    for sent in head_bytes(shape, ulysses_size, rows):
+        near, far = np.where(inside, sent, 0), np.where(inside, 0, sent)
+        link = np.maximum(
+            np.maximum(near.sum(axis=0), near.sum(axis=1)) / hardware.node_bytes_per_s,
+            np.maximum(far.sum(axis=0), far.sum(axis=1)) / hardware.network_bytes_per_s,
+        )
+        # Heads that leave together are put together first, and taken apart where they arrive.
+        copied = 2 * (sent.sum(axis=0) + sent.sum(axis=1)) / hardware.copy_bytes_per_s
+        started = hardware.step_seconds + (ulysses_size - 1) * hardware.message_seconds
+        seconds += link + copied + started
+    return seconds

@@ -8,11 +8,14 @@ parallelism, arXiv:2407.21783).
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 
 import numpy as np
 
 from sap_hf.errors import LayoutError
 from sap_hf.planning.documents import Documents, Int64
+from sap_hf.planning.schedule import sum_by
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,12 +28,14 @@ class Layout:
         rows_per_rank: C.
         segments: (n, 3) int64 columns rank, start, stop: half-open row ranges, sorted by rank, and within a rank
             in the order in which the rank stores them. Together they are [0, W * C).
+        start: of a balanced layout, the start of `balance.MEMBERS` that it was improved from; else empty.
     """
 
     name: str
     cp_size: int
     rows_per_rank: int
     segments: Int64
+    start: str = ""
 
     def rows(self, rank: int) -> Int64:
         """(C,) ids of the rows that `rank` holds, in its order; ids at or beyond T are padding.
@@ -89,6 +94,7 @@ class Pieces:
         return Pieces(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
 
 
+@functools.lru_cache(maxsize=4)
 def cut(documents: Documents, layout: Layout) -> Pieces:
     """Cut every rank's segments at the document borders."""
     rank, start, stop = layout.segments.T
@@ -97,10 +103,35 @@ def cut(documents: Documents, layout: Layout) -> Pieces:
     local = offset - rank * layout.rows_per_rank
     order = np.argsort(start, kind="stable")
     rank, start, local = rank[order], start[order], local[order]
-    borders = np.union1d(documents.cu_seqlens, start)
-    borders = borders[borders <= documents.rows]
+    borders = np.sort(np.concatenate([documents.cu_seqlens, start[start < documents.rows]]))
+    # Where a document and a segment begin together, one border.
+    borders = borders[np.append(borders[1:] != borders[:-1], True)]
     begin, end = borders[:-1], borders[1:]
     segment = np.searchsorted(start, begin, side="right") - 1
     return Pieces(
         rank[segment], documents.index_of(begin), begin, end, local[segment] + begin - start[segment]
     )
+
+
+def rows_held(documents: Documents, layout: Layout) -> Int64:
+    """(W,) rows that each rank holds without padding."""
+    rank, start, stop = layout.segments.T
+    return sum_by(rank, np.maximum(np.minimum(stop, documents.rows) - start, 0), layout.cp_size)
+
+
+def pairs_held(documents: Documents, layout: Layout, windows: Mapping[int | None, int]) -> Int64:
+    """(W,) query-key pairs of the rows that each rank holds, over all layers of {window: number of layers}."""
+    pieces = cut(documents, layout)
+    begin = documents.cu_seqlens[pieces.document]
+    done = pairs_upto(pieces.stop - begin, windows) - pairs_upto(pieces.start - begin, windows)
+    return sum_by(pieces.rank, done, layout.cp_size)
+
+
+def pairs_upto(rows: Int64, windows: Mapping[int | None, int]) -> Int64:
+    """Query-key pairs of a document's first `rows` rows, any shape, over all layers."""
+    total = np.zeros_like(rows)
+    for window, layers in windows.items():
+        near = rows if window is None else np.minimum(rows, window)
+        seen = near * (near + 1) // 2
+        total += layers * (seen if window is None else seen + (rows - near) * window)
+    return total

@@ -16,8 +16,8 @@ from sap_hf.errors import ConfigError
 from sap_hf.planning import cost
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.hardware import Hardware
-from sap_hf.planning.layout import Layout
-from sap_hf.planning.schedule import DESTINATION, START, STOP, Schedule, Step
+from sap_hf.planning.layout import Layout, pairs_held, rows_held
+from sap_hf.planning.schedule import DESTINATION, START, STOP, Schedule, Step, sum_by
 
 Window = int | None
 Planner = Callable[[Documents, Layout, Window, int], Schedule]
@@ -50,7 +50,9 @@ class Plan:
     stages: int = 1
     max_remote_rows: int | None = None
     ulysses_size: int = 1
-    _schedules: dict[Window, Schedule] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _schedules: dict[Window, tuple[Schedule, cost.Wires]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
     # What the runtime derives from a plan (compiled programs, device tensors) lives as long as the plan.
     derived: dict[object, object] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -82,16 +84,14 @@ class Plan:
         if window is not None and window >= int(self.documents.lengths.max()):
             window = None
         if window not in self._schedules:
-            made = self._within_budget(window)
-            steps = tuple(self._delivered(step) for step in made.steps)
-            self._schedules[window] = dataclasses.replace(made, steps=steps)
-        return self._schedules[window]
+            self._schedules[window] = self._delivered(self._within_budget(window))
+        return self._schedules[window][0]
 
     def _within_budget(self, window: Window) -> Schedule:
         """As many stages as asked for or, two of them held at a time, as `max_remote_rows` needs."""
         made = self.planner(self.documents, self.placement, window, self.stages)
-        received, limit = _held(made, self.cp_size), self.max_remote_rows
-        if limit is None or received <= limit:
+        limit = self.max_remote_rows
+        if limit is None or (received := _held(made, self.cp_size)) <= limit:
             return made
         # Parts are not always equal: a window layer receives what it needs of one document at once.
         for finer in (1, 2, 4, 16):
@@ -106,20 +106,18 @@ class Plan:
             "  Raise max_remote_rows, or use strategy sap."
         )
 
-    def _delivered(self, step: Step) -> Step:
-        """The step with the delivery asked for, or the one with the least modelled time there and back."""
-        if not len(step.transfers):
-            return step
-        names = (self.delivery,)
+    def _delivered(self, made: Schedule) -> tuple[Schedule, cost.Wires]:
+        """Every stage with the delivery asked for, or with the one that takes least modelled time there and back."""
+        names: tuple[str, ...] = (self.delivery,)
         if self.delivery == "auto":
             names = ("p2p", "all_to_all", *(("all_gather",) if self.strategy == "all_gather" else ()))
-        ways = [dataclasses.replace(step, delivery=name) for name in names]
-        return ways[0] if len(ways) == 1 else min(ways, key=self._wire)
-
-    def _wire(self, step: Step) -> float:
-        there = cost.wire_seconds(step, self.cp_size, self.shape, self.hardware)
-        back = cost.wire_seconds(step, self.cp_size, self.shape, self.hardware, returning=True)
-        return float(there.max() + back.max())
+        wires = cost.wire_seconds(made, names, self.cp_size, self.shape, self.hardware)
+        delivery = iter(wires.deliveries)
+        steps = tuple(
+            Step(step.transfers, step.tiles, next(delivery)) if len(step.transfers) else step
+            for step in made.steps
+        )
+        return Schedule(made.window, steps, made.slots), wires
 
     @property
     def deliveries(self) -> tuple[str, ...]:
@@ -165,10 +163,11 @@ class Plan:
     @functools.cached_property
     def layer_seconds(self) -> cost.Seconds:
         """(W,) modelled seconds of all layers in `windows`, forward and backward, compute and waiting."""
-        layers = [
-            (count, cost.layer_seconds(self.schedule(window), self.cp_size, self.shape, self.hardware))
-            for window, count in self.windows.items()
-        ]
+        layers = []
+        for window, count in self.windows.items():
+            schedule = self.schedule(window)
+            _, wires = self._schedules[schedule.window]
+            layers.append((count, cost.layer_seconds(schedule, wires, self.shape, self.hardware)))
         return cost.Seconds(
             *(
                 sum((count * getattr(layer, field.name) for count, layer in layers), np.zeros(self.cp_size))
@@ -185,6 +184,30 @@ class Plan:
     def busy_seconds(self) -> float:
         """Of these, what the busiest rank computes: no stages and no delivery can be faster."""
         return float((self.layer_seconds.forward + self.layer_seconds.backward).max())
+
+    @functools.cached_property
+    def kernel_seconds(self) -> float:
+        """Of these, the kernels alone on the busiest rank: no schedule of the same placement can be faster."""
+        pairs = pairs_held(self.documents, self.placement, self.windows)
+        return float(cost.kernel_seconds(pairs, self.shape, self.hardware).max())
+
+    @property
+    def least_seconds(self) -> float:
+        """What the same placement takes at least, in however many stages the same rows arrive."""
+        return float(self.layer_seconds.least.max())
+
+    @property
+    def least_gathered_seconds(self) -> float:
+        """What the same placement takes at least when every row goes to every rank."""
+        there, home = cost.gather_link_seconds(
+            rows_held(self.documents, self.placement), self.shape, self.hardware
+        )
+        layers, of = sum(self.windows.values()), self.layer_seconds
+        forward, backward = (
+            np.maximum(of.forward, layers * there),
+            np.maximum(of.backward, layers * (there + home)),
+        )
+        return float((forward + backward).max())
 
     @functools.cached_property
     def peak_bytes(self) -> int:
@@ -239,10 +262,11 @@ def _placement_bound(lengths: Int64, rows_per_rank: int, window: Window) -> int:
 
 def _held(schedule: Schedule, cp_size: int) -> int:
     """Rows of other ranks that the fullest rank has room for: its slots, each as large as its largest stage."""
-    rows = np.zeros((schedule.stages, cp_size), np.int64)
-    for stage, step in zip(rows, (step for step in schedule.steps if len(step.transfers)), strict=True):
-        np.add.at(stage, step.transfers[:, DESTINATION], step.transfers[:, STOP] - step.transfers[:, START])
-    if not len(rows):
+    received = [step.transfers for step in schedule.steps if len(step.transfers)]
+    if not received:
         return 0
+    rows = np.stack(
+        [sum_by(sent[:, DESTINATION], sent[:, STOP] - sent[:, START], cp_size) for sent in received]
+    )
     slots = schedule.slots or len(rows)
     return int(np.stack([rows[i::slots].max(axis=0) for i in range(slots)]).sum(axis=0).max())

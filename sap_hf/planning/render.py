@@ -1,11 +1,15 @@
-"""The text picture of a plan: who holds which documents, what moves, what it costs."""
+"""Plans as text and as JSON: who holds which documents, what moves, what it costs, what else was weighed."""
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from sap_hf.planning.cost import critical_rows
 
 if TYPE_CHECKING:
     from sap_hf.planning.plan import Plan
@@ -54,32 +58,107 @@ def share(plan: Plan) -> float:
     return float(plan.rows_moved.sum() / plan.all_gather_rows) if plan.all_gather_rows else 0.0
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan's figures under the names of its attributes, ready for JSON."""
+def table(plan: Plan, members: Sequence[Plan]) -> str:
+    """A line for each of the plans that were weighed, fastest first and `plan` marked; then c*.
+
+    Plans whose lines would read the same have one: `max_remote_rows` brings several to the same number of stages.
+    """
+    head = ("layout", "strategy", "stages", "delivery", "ms", "imbalance", "of all-gather", "of bound")
+    marks: dict[tuple[str, ...], str] = {head: ""}
+    for member in sorted(members, key=lambda member: (member.seconds, member is not plan)):
+        marks.setdefault(_cells(member), "*" if member is plan else "")
+    widths = [max(map(len, column)) for column in zip(*marks)]
+    lines = []
+    for cells, mark in marks.items():
+        # Words to the left, numbers to the right.
+        aligned = (f"{cell:{'<' if i in (0, 1, 3) else '>'}{widths[i]}}" for i, cell in enumerate(cells))
+        lines.append("  ".join((f"{mark:1}", *aligned)))
+    inside, between = critical(plan).values()
+    lines.append(
+        f"c*: where a rank holds fewer than {inside:,} rows of a document ({between:,} between nodes), a received row "
+        "travels longer than it is computed on"
+    )
+    return "\n".join(lines)
+
+
+def _cells(plan: Plan) -> tuple[str, ...]:
+    found = figures(plan)
+    ratio = found["ratio_to_lower_bound"]
+    return (
+        f"{plan.layout} ({found['start']})" if found["start"] else plan.layout,
+        plan.strategy,
+        str(found["stages"]),
+        _runs(plan.deliveries),
+        f"{plan.seconds * 1e3:.4g}",
+        f"{plan.imbalance:.2f}",
+        f"{share(plan):.1%}",
+        "-" if ratio is None else f"{ratio:.2f}",
+    )
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """What plans of one pack are compared by, ready for JSON.
+
+    Returns:
+        modelled_seconds are those of the slowest rank, forward and backward. ratio_to_lower_bound is None where nothing
+        has to move.
+    """
+    moved, bound = int(plan.rows_moved.sum()), plan.lower_bound_rows
     return {
-        "strategy": plan.strategy,
         "layout": plan.layout,
+        "start": plan.placement.start,
+        "strategy": plan.strategy,
+        "stages": len(plan.deliveries),
         "deliveries": list(plan.deliveries),
+        "modelled_seconds": plan.seconds,
+        "imbalance": plan.imbalance,
+        "rows_moved_total": moved,
+        "share_of_all_gather": share(plan),
+        "ratio_to_lower_bound": moved / bound if bound else None,
+        "digest": plan.digest,
+    }
+
+
+def critical(plan: Plan) -> dict[str, int]:
+    """c* of the plan's layer on its hardware, in rows."""
+    return {
+        "inside_node": critical_rows(plan.shape, plan.hardware, inside_node=True),
+        "between_nodes": critical_rows(plan.shape, plan.hardware, inside_node=False),
+    }
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan's figures under the names of its attributes, ready for JSON; seconds_per_rank are lists of W."""
+    return {
+        **figures(plan),
         "ulysses_size": plan.ulysses_size,
         "cp_size": plan.cp_size,
         "rows": plan.documents.rows,
         "rows_per_rank": plan.rows_per_rank,
         "documents": len(plan.documents),
         "rows_moved": plan.rows_moved.tolist(),
-        "rows_moved_total": int(plan.rows_moved.sum()),
         "all_gather_rows": plan.all_gather_rows,
         "lower_bound_rows": plan.lower_bound_rows,
         "pairs": plan.pairs.tolist(),
-        "imbalance": plan.imbalance,
-        "modelled_seconds": plan.seconds,
+        "seconds_per_rank": {
+            part: getattr(plan.layer_seconds, part).tolist()
+            for part in ("forward", "forward_exposed", "backward", "backward_exposed")
+        },
+        "critical_rows": critical(plan),
         "peak_bytes": plan.peak_bytes,
-        "digest": plan.digest,
     }
 
 
-def as_json(plan: Plan) -> str:
-    """`as_dict` as indented JSON."""
-    return json.dumps(as_dict(plan), indent=2)
+def as_json(plan: Plan, members: Sequence[Plan] = ()) -> str:
+    """`as_dict` as indented JSON, and `figures` of the plans that were weighed, in that order."""
+    weighed = [{**figures(member), "chosen": member is plan} for member in members]
+    return json.dumps({**as_dict(plan), "members": weighed}, indent=2)
+
+
+def _runs(names: Sequence[str]) -> str:
+    """Names in a row, equal neighbours counted: 'p2p x2, all_to_all'."""
+    counted = [(name, len(list(run))) for name, run in itertools.groupby(names)]
+    return ", ".join(name if count == 1 else f"{name} x{count}" for name, count in counted) or "-"
 
 
 def _count(number: int, noun: str) -> str:

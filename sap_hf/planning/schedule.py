@@ -71,19 +71,19 @@ class Schedule:
 
     def rows_moved(self, cp_size: int) -> Int64:
         """(W, W) int64 rows sent [source, destination] in the forward."""
-        moved = np.zeros((cp_size, cp_size), np.int64)
-        transfers = self.transfers
-        np.add.at(
-            moved, (transfers[:, SOURCE], transfers[:, DESTINATION]), transfers[:, STOP] - transfers[:, START]
-        )
-        return moved
+        source, destination, start, stop = self.transfers.T
+        moved = sum_by(source * cp_size + destination, stop - start, cp_size * cp_size)
+        return moved.reshape(cp_size, cp_size)
 
     def pairs(self, cp_size: int) -> Int64:
         """(W,) int64 query-key pairs computed on each rank."""
-        total = np.zeros(cp_size, np.int64)
         tiles = self.tiles
-        np.add.at(total, tiles[:, RANK], tile_pairs(tiles, self.window))
-        return total
+        return sum_by(tiles[:, RANK], tile_pairs(tiles, self.window), cp_size)
+
+
+def sum_by(index: Int64, amount: Int64, size: int) -> Int64:
+    """(size,) sums of `amount` over equal `index`; exact below 2**53, many times as fast as np.add.at."""
+    return np.bincount(index, weights=amount, minlength=size).astype(np.int64)
 
 
 def is_full(tiles: Int64) -> NDArray[np.bool_]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 from sap_hf.config import (
     DELIVERIES,
@@ -30,6 +31,8 @@ PLANNERS: dict[str, Planner] = {"sap": sap, "all_gather": all_gather, "ring": ri
 STAGES = (2, 4)
 # Waiting below this part of the work is not worth weighing stages for.
 WAITING = 0.01
+# What is passed over is slower than the best one by more than the rounding of either sum.
+SURE = 1 + 1e-9
 
 
 def plan(
@@ -66,7 +69,7 @@ def plan(
 
     Raises:
         DocumentError: lengths or cu_seqlens that do not describe whole documents, or both given.
-        LayoutError: cp_size below 1, or heads that are not a multiple of the kv heads.
+        LayoutError: cp_size or head_dim below 1, or heads that are not a multiple of the kv heads.
         ConfigError: a strategy, layout, delivery, window or preset that does not exist or cannot be combined.
     """
     if lengths is not None and cu_seqlens is None:
@@ -77,8 +80,6 @@ def plan(
         raise DocumentError("Give either lengths or cu_seqlens: exactly one of them describes the pack.")
     if ulysses_size not in (1, "auto"):
         raise ConfigError(f"ulysses_size={ulysses_size}: this version does not exchange heads. Use 1.")
-    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
-        raise LayoutError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}.")
     windows = dict(window) if isinstance(window, Mapping) else {window: 1}
     shape = Shape(num_heads, num_kv_heads, head_dim, bytes_per_element)
     return make_plan(
@@ -106,8 +107,50 @@ def make_plan(
     max_remote_rows: int | None = None,
 ) -> Plan:
     """`plan` for documents that exist already; "auto" takes the least modelled time, the earlier one on a tie."""
+    return min(
+        candidates(
+            documents,
+            cp_size,
+            strategy,
+            layout,
+            windows,
+            delivery,
+            shape,
+            hardware,
+            max_remote_rows,
+            prune=True,
+        ),
+        key=lambda made: made.seconds,
+    )
+
+
+def candidates(
+    documents: Documents,
+    cp_size: int,
+    strategy: str,
+    layout: str,
+    windows: Mapping[Window, int],
+    delivery: str,
+    shape: Shape,
+    hardware: Hardware,
+    max_remote_rows: int | None = None,
+    prune: bool = False,
+) -> Iterator[Plan]:
+    """Every plan that `make_plan` weighs, in its order: it returns the first of those with the least modelled time.
+
+    Args:
+        prune: pass over what cannot be faster than something that has been yielded before.
+
+    Raises:
+        LayoutError, ConfigError: as `plan`.
+    """
     if isinstance(cp_size, bool) or not isinstance(cp_size, int) or cp_size < 1:
         raise LayoutError(f"cp_size={cp_size!r}: a pack is shared by at least one rank.")
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise LayoutError(f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}.")
+    if shape.head_dim < 1:
+        raise LayoutError(f"head_dim={shape.head_dim}: a head has at least one element.")
     check_choice("strategy", strategy, STRATEGIES)
     check_choice("layout", layout, LAYOUTS)
     check_choice("delivery", delivery, DELIVERIES)
@@ -121,9 +164,8 @@ def make_plan(
     if strategy == "auto" and delivery == "all_gather":
         strategy = "all_gather"
     first = "sap" if strategy == "auto" else strategy
-    best: Plan | None = None
-    for placement in placements(documents, cp_size, layout, windows):
-        made = Plan(
+    weighed = [
+        Plan(
             documents=documents,
             placement=placement,
             strategy=first,
@@ -134,23 +176,28 @@ def make_plan(
             hardware=hardware,
             max_remote_rows=max_remote_rows,
         )
-        # What the busiest rank computes, no schedule changes.
-        if best is None or made.busy_seconds < best.seconds:
-            made = min(_variants(made, strategy), key=lambda variant: variant.seconds)
-            best = made if best is None or made.seconds < best.seconds else best
-    assert best is not None
-    return best
+        for placement in placements(documents, cp_size, layout, windows)
+    ]
+    best = math.inf
+    # The most even first: its time is the least that is known before a schedule is made.
+    for made in sorted(weighed, key=lambda made: made.kernel_seconds):
+        if prune and made.kernel_seconds > best * SURE:
+            return
+        for variant in _variants(made, strategy, prune, best):
+            best = min(best, variant.seconds)
+            yield variant
 
 
-def _variants(made: Plan, strategy: str) -> list[Plan]:
+def _variants(made: Plan, strategy: str, prune: bool, best: float) -> Iterator[Plan]:
     """The plan and, where a rank waits for rows in it, the same placement in more stages and as an all-gather."""
+    yield made
     if made.strategy != "sap" or made.seconds <= (1 + WAITING) * made.busy_seconds:
-        return [made]
-    variants = [made, *(dataclasses.replace(made, stages=stages) for stages in STAGES)]
-    if strategy == "auto" and made.max_remote_rows is None:
-        gather = dataclasses.replace(made, strategy="all_gather", planner=all_gather)
-        variants.append(gather)
-    return variants
+        return
+    best = min(best, made.seconds) * SURE if prune else math.inf
+    if made.least_seconds <= best:
+        yield from (dataclasses.replace(made, stages=stages) for stages in STAGES)
+    if strategy == "auto" and made.max_remote_rows is None and made.least_gathered_seconds <= best:
+        yield dataclasses.replace(made, strategy="all_gather", planner=all_gather)
 
 
 def placements(

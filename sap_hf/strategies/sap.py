@@ -6,6 +6,8 @@ read them. The idea of the HSAP paper (arXiv:2606.30460): devices exchange only 
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from sap_hf.planning.documents import Documents, Int64
@@ -115,6 +117,7 @@ def _repeat(count: Int64) -> tuple[Int64, Int64]:
     return which, np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
 
 
+@functools.lru_cache(maxsize=2)
 def tiles(
     documents: Documents, pieces: Pieces, window: int | None
 ) -> tuple[Int64, Int64, Int64, tuple[Int64, Int64]]:

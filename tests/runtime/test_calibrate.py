@@ -76,7 +76,6 @@ def test_the_file_is_a_hardware(tmp_path):
         (["here.yaml"], "torchrun"),
         (["here.txt"], ".yaml"),
         (["here.yaml", "--heads", "3:2"], "multiple"),
-        (["here.yaml", "--heads", "3"], "32:8"),
     ],
 )
 def test_misuse_is_refused(arguments, reason, capsys, monkeypatch):

@@ -1,0 +1,1 @@
+"""Simulation: what other tools do with the same pack, timed by the same model as our plans."""

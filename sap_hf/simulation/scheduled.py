@@ -1,0 +1,149 @@
+"""Scheduled: a Schedule as a Load, for our own plans and for peers that move only the rows that are read.
+
+Schedule -> Load, Plan -> Load: local steps are stage 0, every tile is one segment of a kernel call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from sap_hf.planning.cost import Float64, Shape
+from sap_hf.planning.documents import Int64
+from sap_hf.planning.plan import Plan
+from sap_hf.planning.schedule import (
+    DESTINATION,
+    K_START,
+    K_STOP,
+    Q_START,
+    Q_STOP,
+    RANK,
+    SOURCE,
+    START,
+    STOP,
+    Schedule,
+    Step,
+    is_full,
+)
+from sap_hf.simulation.timing import FA3, Kernel, Load, Wire
+
+
+def load(
+    schedule: Schedule, ranks: int, shape: Shape, node: int, kernel: Kernel = FA3, group_cast: bool = False
+) -> Load:
+    """The schedule of a layer with full attention as a Load.
+
+    Args:
+        node: ranks per node.
+        kernel: one that merges inside a call reads and writes every query row once a stage, however many tiles it is in.
+        group_cast: not the steps' deliveries but MagiAttention's own exchange carries all transfers.
+    """
+    stages = [[step for step in schedule.steps if not len(step.transfers)]]
+    stages += [[step] for step in schedule.steps if len(step.transfers)]
+    work, rows, calls, blocks = (np.zeros((len(stages), ranks, *more)) for more in ((4,), (), (), ()))
+    wires = np.zeros((2, 4, len(stages), ranks))
+    for i, steps in enumerate(stages):
+        for step in steps:
+            tiles, full = step.tiles, is_full(step.tiles)
+            q, k = tiles[:, Q_STOP] - tiles[:, Q_START], tiles[:, K_STOP] - tiles[:, K_START]
+            segments = kernel.work(q, k, ~full, shape.num_heads // shape.num_kv_heads)
+            np.add.at(work[i], tiles[:, RANK], segments)
+            key = tiles[:, RANK] * (int(tiles[:, Q_STOP].max(initial=0)) + 1) + tiles[:, Q_START]
+            once = np.unique(key, return_index=True)[1] if kernel.merges else slice(None)
+            np.add.at(rows[i], tiles[once, RANK], q[once])
+            # Causal tiles are one call, full ones another.
+            call = tiles[:, RANK], full.astype(np.int64)
+            segments_of, longest = np.zeros((2, ranks, 2))
+            np.add.at(segments_of, call, 1)
+            np.maximum.at(longest, call, k)
+            calls[i] += (segments_of > 0).sum(axis=1)
+            blocks[i] += kernel.blocks(segments_of, longest).sum(axis=1)
+            if len(step.transfers):
+                for way in (0, 1):
+                    wires[way, :, i] += _wire(step, ranks, shape.bytes_per_row, node, way == 1, group_cast)
+    there, back = Wire(*wires[0]), Wire(*wires[1])
+    return Load(
+        shape, work, rows, calls, blocks, there, back, kernel, slots=schedule.slots, group_cast=group_cast
+    )
+
+
+def planned(plan: Plan) -> Load:
+    """A Plan's layers with full attention, with everything that `runtime.attention` copies around the kernels.
+
+    Runs of rows that lie together are views, but here every call on full tiles gathers its rows.
+    """
+    schedule, ranks, shape = plan.schedule(None), plan.cp_size, plan.shape
+    made = load(schedule, ranks, shape, plan.hardware.ranks_per_node)
+    # (2, S, W): rows of q and of K and V in causal tiles, which the first call has, and in all others.
+    causal, full = np.zeros((2, *made.rows.shape)), np.zeros((2, *made.rows.shape))
+    stage = 0
+    for step in schedule.steps:
+        stage += len(step.transfers) > 0
+        tiles, other = step.tiles, is_full(step.tiles)
+        q, k = tiles[:, Q_STOP] - tiles[:, Q_START], tiles[:, K_STOP] - tiles[:, K_START]
+        for kind, chosen in ((causal, ~other), (full, other)):
+            for way, rows in enumerate((q, k)):
+                np.add.at(kind[way, stage], tiles[chosen, RANK], rows[chosen])
+    q_elements, kv_elements = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
+    own = np.zeros_like(made.rows)
+    own[0] = plan.rows_per_rank
+    # Bytes per element. q: float32 out is cleared and in the end cast, the first part is written to it; rows of others
+    # are gathered, and their part is merged into rows that are gathered and put back. K and V: into the buffer; gathered.
+    copied = q_elements * (10 * own + 6 * causal[0] + 38 * full[0]) + kv_elements * (4 * own + 4 * full[1])
+    # q, out and dout are gathered; dq, dk and dv are added to float32 sums that were cleared and are cast.
+    copied_back = q_elements * (10 * own + 10 * causal[0] + 22 * full[0])
+    copied_back += kv_elements * (14 * own + 10 * causal[1] + 18 * full[1])
+    return dataclasses.replace(made, merged=False, copied=copied, copied_back=copied_back)
+
+
+def _wire(
+    step: Step, ranks: int, bytes_per_row: int, node: int, returning: bool, group_cast: bool
+) -> tuple[Float64, ...]:
+    """The four columns of Wire, (W,) each, as `planning.cost.wire_seconds` counts them.
+
+    In a group cast a row goes to another node once and is handed on inside, by kernels that read rows where they lie.
+    """
+    source, destination = step.transfers[:, SOURCE], step.transfers[:, DESTINATION]
+    amount = (step.transfers[:, STOP] - step.transfers[:, START]) * bytes_per_row
+    outside = (source // node != destination // node).astype(np.int64)
+    sent, received, messages = (np.zeros((ranks, 2)) for _ in range(3))
+    np.add.at(sent, (source, outside), amount)
+    np.add.at(received, (destination, outside), amount)
+    np.add.at(messages[:, 0], source, 1)
+    np.add.at(messages[:, 1], destination, 1)
+    peers = np.zeros((ranks, ranks), bool)
+    peers[source, destination] = True
+    within, across = np.maximum(sent, received).T
+    count = np.maximum(peers.sum(axis=0), peers.sum(axis=1)).astype(np.float64)
+    none = np.zeros(ranks)
+    if group_cast:
+        once = _once_per_node(step.transfers, ranks, node) * bytes_per_row
+        # The ranks of a node share what it receives.
+        share = once.sum(axis=0) / min(node, ranks)
+        across = np.maximum(once.sum(axis=1), share[np.arange(ranks) // node])
+        # A kernel, not messages: its cost does not grow with the number of peers.
+        return received.sum(axis=1), across, np.minimum(count, 1), none
+    if step.delivery == "all_gather" and not returning:
+        size = min(node, ranks)
+        hops = none + (size + ranks // size - 2)
+        return within + across * (size - 1) / size, across / size, hops, none
+    if step.delivery == "p2p":
+        return within, across, messages.max(axis=1), none
+    return within, across, count, 2 * (received if returning else sent).sum(axis=1)
+
+
+def _once_per_node(transfers: Int64, ranks: int, node: int) -> Float64:
+    """(W, nodes) rows that each rank has to send to each other node, every row once."""
+    source, target = transfers[:, SOURCE], transfers[:, DESTINATION] // node
+    keep = source // node != target
+    key, start, stop = (source * ranks + target)[keep], transfers[keep, START], transfers[keep, STOP]
+    order = np.lexsort((start, key))
+    key, start, stop = key[order], start[order], stop[order]
+    # Rows already counted: the furthest stop so far inside one key; keys are lifted apart so that one scan does it.
+    lift = key * (int(stop.max(initial=0)) + 1)
+    reach = np.maximum.accumulate(np.append(0, stop + lift)[:-1])
+    fresh = np.maximum(stop + lift - np.maximum(start + lift, reach), 0)
+    rows = np.zeros((ranks, -(-ranks // node)))
+    np.add.at(rows, (key // ranks, key % ranks), fresh)
+    return rows

@@ -1,0 +1,275 @@
+"""Timing: what a tool does for one attention layer, as arrays, and the seconds that it takes.
+
+Load, Machine -> seconds. It is the plan's own model (`planning.cost`) and, on top, what the peers' tools differ in:
+kernels compute whole tiles, an exchange takes part of the chip from the kernels beside it, rings go in lockstep, heads
+are exchanged, and some tools copy much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Protocol
+
+import numpy as np
+
+from sap_hf.planning.cost import BACKWARD_FLOPS, Float64, Shape
+from sap_hf.planning.hardware import Hardware
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """A Hardware and the constants that the plan's cost model does without.
+
+    Attributes:
+        tile_keys: beginning and ending one tile of queries takes as long as computing this many keys per row.
+        tile_rows: the same of a backward's tile of keys, in rows; dK and dV of all query heads are added there.
+        contention: part of the chip that NCCL takes from kernels while an exchange is under way.
+        group_cast_bytes_per_s: what MagiAttention's own exchange reaches between nodes, row by row; it leaves the kernels
+            beside it the chip that they need.
+        block_seconds: starting one block of a backward kernel, whether or not it finds something to do.
+        eager_bytes_per_s: memory read plus written by PyTorch's gather, scatter, add and transpose, one by one.
+        ring_seconds: fixed cost of a step of a ring, which waits for what was sent and starts the next.
+    """
+
+    hardware: Hardware
+    tile_keys: float = 0.0
+    tile_rows: float = 0.0
+    contention: float = 0.0
+    group_cast_bytes_per_s: float = math.inf
+    block_seconds: float = 0.0
+    eager_bytes_per_s: float = math.inf
+    ring_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What an attention kernel computes at least: tiles of `q_tile` rows and `k_tile` keys, forward and backward.
+
+    Attributes:
+        packs: query heads of one kv head fill a forward tile together (FlashAttention-3 does so for varlen calls).
+        merges: tiles of one call may have the same queries; their parts are merged inside.
+        merge_bytes: memory traffic of merging a part, per element of out.
+        empty_blocks: a varlen backward starts a block for every key tile of its longest segment in every segment.
+        backward_bytes: memory traffic of a backward call around its main kernel, per element of its queries.
+    """
+
+    q_tile: int = 128
+    k_tile: int = 128
+    backward_q_tile: int = 64
+    packs: bool = True
+    merges: bool = False
+    # A part of out is read, and the sum is read and written, in float32; dq likewise in the backward.
+    merge_bytes: float = 12.0
+    empty_blocks: bool = True
+    # out and dout are read (2 + 2), dq is cleared in float32 (4), then read (4) and written (2).
+    backward_bytes: float = 14.0
+
+    def work(self, q: Float64, k: Float64, causal: bool | Float64, heads_per_kv: int) -> Float64:
+        """(..., 4): what segments of q rows on k keys compute: pairs and tiled query rows, then the backward's pairs and
+        tiled keys. A forward begins and ends once for each tile of queries, a backward for each tile of keys.
+
+        Causal segments end at the same row. A tile has as many keys as its last row sees, rounded up: half a tile of
+        keys and half a tile of rows more than needed, on average, but never more than all. No keys, no work.
+        """
+        most = np.ceil(k / self.k_tile) * self.k_tile
+        columns = []
+        for tile in self._tiles(heads_per_kv):
+            rows = np.where(k > 0, np.ceil(q / tile) * tile, 0)
+            keys = k - (q - 1) / 2 + (self.k_tile + tile) / 2 - 1
+            columns += [rows * np.where(causal, np.minimum(keys, most), most), rows]
+        columns[3] = np.where(q > 0, most, 0)
+        return np.stack(columns, axis=-1)
+
+    def all_pairs(self, q: Float64, k: Float64, heads_per_kv: int) -> Float64:
+        """(R, S, 4): `work` of full segments, summed over documents: the rows of each of R ranks on S ranks' keys.
+
+        Args:
+            q: (N, R) query rows of each document. k: (N, S) keys.
+        """
+        most = np.ceil(k / self.k_tile) * self.k_tile
+        rows, rows_back = (np.ceil(q / tile) * tile for tile in self._tiles(heads_per_kv))
+        some_q, some_k = (q > 0).astype(np.float64), (k > 0).astype(np.float64)
+        columns = (rows.T @ most, rows.T @ some_k, rows_back.T @ most, some_q.T @ most)
+        return np.stack(columns, axis=-1)
+
+    def blocks(self, segments: float, longest: Float64) -> Float64:
+        """Blocks that a varlen backward call starts per head, on segments of at most `longest` keys."""
+        tiles: Float64 = np.ceil(longest / self.k_tile) * segments * self.empty_blocks
+        return tiles
+
+    def _tiles(self, heads_per_kv: int) -> tuple[int, int]:
+        return max(1, self.q_tile // heads_per_kv) if self.packs else self.q_tile, self.backward_q_tile
+
+
+FA3 = Kernel()
+# MagiAttention's kernel: FlashAttention-3's tiles, but the benchmark ran it without packing heads. It adds to
+# a float32 sum as it ends, and takes its tiles from a list.
+FFA = Kernel(packs=False, merges=True, merge_bytes=8.0, empty_blocks=False)
+EXACT = Kernel(1, 1, 1, packs=False, backward_bytes=0.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Wire:
+    """What each rank's links carry, all (S, W): bytes inside the node and to other nodes, messages, bytes packed."""
+
+    inside: Float64
+    outside: Float64
+    messages: Float64
+    packed: Float64
+
+    @classmethod
+    def none(cls, stages: int, ranks: int) -> Wire:
+        return cls(*np.zeros((4, stages, ranks)))
+
+    def seconds(self, hardware: Hardware, network_bytes_per_s: float = math.inf) -> Float64:
+        """(S, W): both links at the same time, then what is fixed, then the packing.
+
+        Args:
+            network_bytes_per_s: what this exchange reaches between nodes, where that is less than the links have.
+        """
+        network = min(network_bytes_per_s, hardware.network_bytes_per_s)
+        link = np.maximum(self.inside / hardware.node_bytes_per_s, self.outside / network)
+        fixed = self.messages * hardware.message_seconds + (self.messages > 0) * hardware.step_seconds
+        return link + fixed + self.packed / hardware.copy_bytes_per_s
+
+
+class Timed(Protocol):
+    """What a peer does for one layer."""
+
+    def pairs(self) -> Float64:
+        """(W,) query-key pairs that each rank computes, whole tiles with all that they compute in vain."""
+
+    def seconds(self, machine: Machine) -> tuple[Float64, Float64]:
+        """(W,) seconds until each rank is done, forward and backward; all begin together."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Load:
+    """One layer's forward on W ranks, in S stages; the backward follows from it.
+
+    Attributes:
+        shape: the heads that a rank computes.
+        work: (S, W, 4) of Kernel.work; rows, calls, blocks: (S, W) merged query rows, kernel calls, and blocks per head
+            that their backward starts.
+        there, back: what travels before each stage's kernels, and home in the backward.
+        pace: own (a rank waits for its rows alone, next rows travel meanwhile) | lockstep (a stage ends when the
+            slowest rank's kernels and wire do) | blocking (rows travel first, then kernels run).
+        merged: the kernel's caller merges parts; where it does not, `copied` holds what is done instead.
+        slots: stages whose rows are held at once.
+        heads: the exchange of heads around the layer, (1, W) each, the same in the backward.
+        copied, copied_back: (S, W) bytes that PyTorch reads and writes beside the kernels.
+        group_cast: the exchange is MagiAttention's own.
+    """
+
+    shape: Shape
+    work: Float64
+    rows: Float64
+    calls: Float64
+    blocks: Float64
+    there: Wire
+    back: Wire
+    kernel: Kernel = FA3
+    pace: str = "own"
+    merged: bool = True
+    slots: int | None = None
+    heads: Wire | None = None
+    copied: Float64 | float = 0.0
+    copied_back: Float64 | float = 0.0
+    group_cast: bool = False
+
+    def pairs(self) -> Float64:
+        """(W,) query-key pairs that each rank computes in the forward, over all heads."""
+        total: Float64 = self.work[..., 0].sum(axis=0)
+        return total
+
+    def busy(self, machine: Machine) -> tuple[Float64, Float64]:
+        """(S, W) seconds of kernels and copies, forward and backward."""
+        hardware, elements = machine.hardware, self.shape.num_heads * self.shape.head_dim
+        start = self.calls * hardware.call_seconds
+        merge = self.merged * self.rows * (self.kernel.merge_bytes * elements / hardware.copy_bytes_per_s)
+        around = self.rows * (self.kernel.backward_bytes * elements / hardware.copy_bytes_per_s)
+        ends = np.array([machine.tile_keys, machine.tile_rows])
+        flops = (self.work[..., ::2] + ends * self.work[..., 1::2]) * self.shape.flops_per_pair
+        busy = flops[..., 0] / hardware.flops_per_s + start + merge + self.copied / machine.eager_bytes_per_s
+        # FlashAttention's backward is three kernels: one before the main one, one after it.
+        busy_back = (
+            flops[..., 1] * (BACKWARD_FLOPS / hardware.backward_flops_per_s)
+            + 3 * start
+            + merge
+            + around
+            + self.blocks * (machine.block_seconds * self.shape.num_heads)
+            + self.copied_back / machine.eager_bytes_per_s
+        )
+        return busy, busy_back
+
+    def seconds(self, machine: Machine) -> tuple[Float64, Float64]:
+        """(W,) seconds until each rank is done, forward and backward; all begin together."""
+        hardware = machine.hardware
+        busy, busy_back = self.busy(machine)
+        reached = math.inf
+        if self.group_cast:
+            reached = machine.group_cast_bytes_per_s
+        elif self.pace == "lockstep":
+            step = machine.ring_seconds * (self.there.messages + self.back.messages > 0)
+            busy, busy_back = busy + step, busy_back + step
+        there, back = self.there.seconds(hardware, reached), self.back.seconds(hardware, reached)
+        taken = 0.0 if self.group_cast else machine.contention
+        forward, backward = _PACES[self.pace](busy, busy_back, there, back, self.slots, taken)
+        heads = 0.0 if self.heads is None else self.heads.seconds(hardware)[0]
+        return forward + heads, backward + heads
+
+
+def _lockstep(
+    busy: Float64, busy_back: Float64, there: Float64, back: Float64, slots: int | None, taken: float
+) -> tuple[Float64, Float64]:
+    """While a stage is computed the next one's rows travel; in the backward dK/dV travel beside them."""
+    ahead = np.concatenate([there[1:], np.zeros_like(there[:1])])
+    forward = there[0].max() + np.maximum(_beside(busy, ahead, taken), ahead).max(axis=1).sum()
+    both = ahead + back
+    backward = there[0].max() + np.maximum(_beside(busy_back, both, taken), both).max(axis=1).sum()
+    return np.full(busy.shape[1], forward), np.full(busy.shape[1], backward)
+
+
+def _beside(busy: Float64, wire: Float64, taken: float) -> Float64:
+    """Seconds of kernels that have the whole chip only when the exchange that began with them is over."""
+    beside: Float64 = np.minimum(busy + taken * wire, busy / (1 - taken))
+    return beside
+
+
+def _blocking(
+    busy: Float64, busy_back: Float64, there: Float64, back: Float64, slots: int | None, taken: float
+) -> tuple[Float64, Float64]:
+    """An exchange ends for all ranks at once."""
+    arrived = there.max(axis=1).sum()
+    forward = arrived + busy.sum(axis=0)
+    home = arrived + busy_back.sum(axis=0).max() + back.max(axis=1).sum()
+    return forward, np.full_like(forward, home)
+
+
+def _own(
+    busy: Float64, busy_back: Float64, there: Float64, back: Float64, slots: int | None, taken: float
+) -> tuple[Float64, Float64]:
+    """As in `planning.cost.layer_seconds`; stage 0 is local."""
+    stages = len(busy)
+    slots = slots or stages
+    ahead = np.concatenate([there[1:], np.zeros_like(there[:1])])
+    busy, busy_back = _beside(busy, ahead, taken), _beside(busy_back, ahead + back, taken)
+    now, arrival = busy[0], np.zeros_like(busy[0])
+    done: list[Float64] = []
+    for i in range(1, stages):
+        arrival = (np.maximum(arrival, done[i - 1 - slots]) if i > slots else arrival) + there[i]
+        now = np.maximum(now, arrival) + busy[i]
+        done.append(now)
+    early = busy_back[0] / 2 if stages > 1 else np.zeros_like(now)
+    home, arrival, done = early, np.zeros_like(now), []
+    departure = there[1:].sum(axis=0) if slots >= stages - 1 else np.zeros_like(now)
+    for i in range(1, stages):
+        arrival = (np.maximum(arrival, done[i - 1 - slots]) if i > slots else arrival) + there[i]
+        home = np.maximum(home, arrival) + busy_back[i]
+        done.append(home)
+        departure = np.maximum(np.maximum(departure, home), arrival) + back[i]
+    return now, np.maximum(home + busy_back[0] - early, departure)
+
+
+_PACES = {"own": _own, "lockstep": _lockstep, "blocking": _blocking}
