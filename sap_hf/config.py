@@ -9,15 +9,11 @@ from typing import Any
 
 from sap_hf.errors import ConfigError
 
-STRATEGIES = ("auto", "sap", "all_gather", "ring")
+STRATEGIES = ("auto", "sap", "all_gather", "ring", "ulysses")
 LAYOUTS = ("auto", "contiguous", "zigzag", "balanced")
 DELIVERIES = ("auto", "p2p", "all_to_all", "all_gather")
 REMOTE_KV = ("refetch", "keep")
 KERNELS = ("auto", "reference", "sdpa", "varlen", "flash")
-# Names of the design that this version does not plan yet: asking for one says so instead of "unknown".
-PLANNED = {
-    "strategy": ("ulysses",),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,10 +27,11 @@ class SapConfig:
     cp_size: int | None = None
     """Ranks that share one pack. None: all ranks of the run. The others become data-parallel groups."""
     ulysses_size: int | str = "auto"
-    """Ranks of the cp group that exchange heads instead of rows. Only 1 (or "auto", which is 1) so far."""
+    """Neighbouring ranks of the cp group that exchange heads instead of rows, at most as many as there are query heads;
+    groups of them share rows by `strategy`. auto: for each batch the degree with the least modelled time."""
     strategy: str = "auto"
     """auto | sap (move the rows that are read) | all_gather (move every row to every rank) | ring (every row too, one
-    neighbour after the other)."""
+    neighbour after the other) | ulysses (exchange heads alone: ulysses_size = cp_size)."""
     layout: str = "auto"
     """auto | contiguous | zigzag | balanced (even work, little moved): which rows each rank holds. auto takes the one
     with the least modelled time."""
@@ -58,10 +55,11 @@ class SapConfig:
             raise ConfigError(
                 f"cp_size={self.cp_size!r} must be a positive number of ranks, or null for all ranks."
             )
-        if self.ulysses_size not in ("auto", 1):
+        check_ulysses_size(self.ulysses_size)
+        if self.strategy == "ulysses" and self.ulysses_size not in ("auto", self.cp_size):
             raise ConfigError(
-                f"ulysses_size={self.ulysses_size!r}: this version does not exchange heads. "
-                'Use ulysses_size="auto" or 1.'
+                f"strategy='ulysses' exchanges heads among all cp_size={self.cp_size} ranks, not among ulysses_size="
+                f"{self.ulysses_size}. Use ulysses_size='auto', or strategy='sap'."
             )
         if not isinstance(self.check_batches, bool):
             raise ConfigError(f"check_batches={self.check_batches!r} must be true or false.")
@@ -141,8 +139,6 @@ def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse a value outside `choices`, naming the nearest one."""
     if value in choices:
         return
-    if value in PLANNED.get(field, ()):
-        raise ConfigError(f"{field}={value!r} is not in this version. Possible: {', '.join(choices)}.")
     raise ConfigError(f"{field}={value!r} is not one of {', '.join(choices)}.{nearest(str(value), choices)}")
 
 
@@ -153,6 +149,12 @@ def check_delivery(strategy: str, delivery: str) -> None:
             f"delivery='all_gather' moves every row, strategy={strategy!r} only those that are read. "
             "Use strategy='all_gather', or delivery='auto'."
         )
+
+
+def check_ulysses_size(size: object) -> None:
+    """Refuse what is neither a number of ranks nor "auto"."""
+    if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ConfigError(f'ulysses_size={size!r} must be a number of ranks from 1 on, or "auto".')
 
 
 def check_remote_rows(limit: object) -> None:

@@ -57,6 +57,13 @@ def add(commands: Any) -> None:
         "--hardware", help=f"for the modelled seconds: {' | '.join(PRESETS)} | YAML file (default h100)"
     )
     show.add_argument("--json", action="store_true", help="the figures as JSON")
+    show.add_argument(
+        "--ulysses",
+        type=_degree,
+        default="auto",
+        metavar="U",
+        help="neighbouring ranks that exchange heads (default auto: the fastest degree)",
+    )
     show.add_argument("--png", metavar="FILE", help="draw work by document, and who sends to whom")
     show.add_argument(
         "--program", type=int, metavar="RANK", help="what that rank posts, waits for and computes"
@@ -76,6 +83,7 @@ def _plan(options: argparse.Namespace) -> None:
             Shape(*options.heads, options.head_dim),
             find_hardware(options.hardware),
             options.max_remote_rows,
+            options.ulysses,
         )
     )
     made = min(members, key=lambda member: member.seconds)
@@ -164,6 +172,10 @@ def _whole_numbers(path: str, name: str, column: pa.ChunkedArray) -> Int64:
             f"--dataset {path}: {name!r} holds {column.type}, whole numbers from 0 on are needed."
         )
     return np.asarray(column, np.int64)
+
+
+def _degree(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _numbers(text: str) -> list[int]:

@@ -24,7 +24,7 @@ LIMIT = 1050
 FEW_PER_RANK = 8
 FEW = 4096
 # Documents with less than this part of a rank's work are placed by a heap, all of them at once.
-SMALL = SHARE // 4
+SMALL = SHARE // 2
 # Above every score.
 NEVER = np.iinfo(np.int64).max
 
@@ -34,13 +34,16 @@ Start = tuple[Int64, Int64, Int64]
 Waiting = tuple[int, int, int, int]
 
 
-def balanced(documents: Documents, cp_size: int, windows: Mapping[int | None, int]) -> Layout:
+def balanced(
+    documents: Documents, cp_size: int, windows: Mapping[int | None, int], multiple: int = 1
+) -> Layout:
     """The least rows moved subject to an imbalance of at most 1.05; the least imbalance where none reaches that.
 
     Args:
         windows: {window: number of layers}: the balance is over all of them.
+        multiple: of which the rows of a rank are one.
     """
-    p = Problem(documents.lengths, cp_size, windows)
+    p = Problem(documents.lengths, cp_size, windows, multiple)
     few = len(documents) <= FEW_PER_RANK * cp_size
     names = sorted(MEMBERS, key=lambda name: expected_rows(p, MEMBERS[name](p))) if few else list(MEMBERS)
     tries = len(ALWAYS) if _is_small(documents, cp_size) else 1
@@ -57,20 +60,20 @@ def balanced(documents: Documents, cp_size: int, windows: Mapping[int | None, in
         if best is None or score < best[0]:
             best = (score, runs, name)
     assert best is not None
-    return lay_out(documents, cp_size, *best[1:])
+    return lay_out(documents, p, *best[1:])
 
 
-def portfolio(documents: Documents, cp_size: int, windows: Mapping[int | None, int]) -> list[Layout]:
+def portfolio(
+    documents: Documents, cp_size: int, windows: Mapping[int | None, int], multiple: int = 1
+) -> list[Layout]:
     """What "auto" weighs beside the layouts of neighbours: `balanced`, or in small packs every start, improved.
 
     There `balanced` is one of them. In others they are left out: each takes as long again.
     """
     if not _is_small(documents, cp_size):
-        return [balanced(documents, cp_size, windows)]
-    p = Problem(documents.lengths, cp_size, windows)
-    return [
-        lay_out(documents, cp_size, improve(p, *member(p), LIMIT), name) for name, member in MEMBERS.items()
-    ]
+        return [balanced(documents, cp_size, windows, multiple)]
+    p = Problem(documents.lengths, cp_size, windows, multiple)
+    return [lay_out(documents, p, improve(p, *member(p), LIMIT), name) for name, member in MEMBERS.items()]
 
 
 def _is_small(documents: Documents, cp_size: int) -> bool:
@@ -255,9 +258,9 @@ def expected_rows(p: Problem, start: Start) -> int:
     return rows_moved(p, start) + heads + too_many
 
 
-def lay_out(documents: Documents, cp_size: int, runs: Int64, start: str) -> Layout:
+def lay_out(documents: Documents, p: Problem, runs: Int64, start: str) -> Layout:
     """Runs (rank, document, start, stop) as a Layout; padding fills what is left of C. start: what they come from."""
-    share = -(-documents.rows // cp_size)
+    cp_size, share = p.cp_size, p.rows_per_rank
     # Ranks that share the longest documents become neighbours: they are the likeliest to be in one node.
     longest = np.full(cp_size, len(documents), np.int64)
     place = np.empty(len(documents), np.int64)

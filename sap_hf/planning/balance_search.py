@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sap_hf.planning.documents import Int64
-from sap_hf.planning.layout import pairs_upto
+from sap_hf.planning.layout import pairs_upto, rows_each
 from sap_hf.planning.schedule import sum_by
 
 # One rank's equal share of the work, or of the rows, in the units that the searches compare.
@@ -28,7 +28,7 @@ PAIRINGS = 2
 # Work is harder to even out than rows: rows are filled up to the last one afterwards.
 WORK_WEIGHT = 4
 # How far below the limit the search aims, in thousandths: filling the rows adds work where there is least choice.
-MARGIN = 12
+MARGIN = 9
 TURNS = 4
 # Larger items, and gaps between ranks, count as this large in a swap.
 LARGE = 1 << 22
@@ -45,6 +45,7 @@ class Problem:
     Attributes:
         lengths: (N,) rows of each document.
         windows: {window: number of layers}; the work of a row is the keys it sees, summed over the layers.
+        multiple: C is a multiple of it.
         rows_per_rank: C.
         work: (N,) of each document.
         share: the mean work of a rank.
@@ -53,13 +54,14 @@ class Problem:
     lengths: Int64
     cp_size: int
     windows: Mapping[int | None, int]
+    multiple: int = 1
     rows_per_rank: int = dataclasses.field(init=False)
     work: Int64 = dataclasses.field(init=False)
     share: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         rows = int(self.lengths.sum())
-        object.__setattr__(self, "rows_per_rank", -(-rows // self.cp_size))
+        object.__setattr__(self, "rows_per_rank", rows_each(rows, self.cp_size, self.multiple))
         object.__setattr__(self, "work", self.upto(self.lengths))
         object.__setattr__(self, "share", max(1, int(self.work.sum()) // self.cp_size))
 
@@ -317,6 +319,40 @@ def fill(ranks: Ranks, most: int) -> None:
             ranks.give(source, at, to, rows, head)
 
 
+def trade(ranks: Ranks, most: int, budget: int) -> None:
+    """Trade rows of the busiest rank for as many lighter ones of the idlest until no rank has more than `most` work."""
+    p = ranks.p
+    for _ in range(budget):
+        busy = max(range(p.cp_size), key=ranks.work.__getitem__)
+        idle = min(range(p.cp_size), key=ranks.work.__getitem__)
+        if ranks.work[busy] <= most:
+            return
+        amount = min(ranks.work[busy] - p.share, p.share - ranks.work[idle])
+        mine, theirs = ranks.runs[busy], ranks.runs[idle]
+        deep = sorted(range(len(mine)), key=lambda i: -mine[i][2])[:CUT_AMONG]
+        light = sorted(range(len(theirs)), key=lambda i: theirs[i][1])[:CUT_AMONG]
+        best: tuple[int, int, int, int, bool, bool] | None = None
+        for at, back, head, other_head in itertools.product(deep, light, (True, False), (True, False)):
+            document, start, stop, _, _ = mine[at]
+            other, first, last, _, _ = theirs[back]
+            # How much deeper in its document a row at this end is: about the keys that it sees in addition.
+            deeper = (start if head else stop) - (first if other_head else last)
+            rows = min(amount // deeper, stop - start, last - first) if deeper > 0 else 0
+            if rows < 1:
+                continue
+            price = ranks.prices(document, idle, start, stop, rows)[not head]
+            price += ranks.prices(other, busy, first, last, rows)[not other_head]
+            # What is left to trade will cost as much again.
+            price = (price + rows) * amount // (rows * deeper)
+            if best is None or price < best[0]:
+                best = (price, rows, at, back, head, other_head)
+        if best is None:
+            return
+        _, rows, at, back, head, other_head = best
+        ranks.give(busy, at, idle, rows, head)
+        ranks.give(idle, back, busy, rows, other_head)
+
+
 def improve(p: Problem, runs: Int64, item: Int64, rank: Int64, limit: int) -> Int64:
     """Make a placement exact in rows and even in work.
 
@@ -327,7 +363,7 @@ def improve(p: Problem, runs: Int64, item: Int64, rank: Int64, limit: int) -> In
     Returns:
         (k, 4) runs: rank, document, start, stop.
     """
-    rounds = min(24, 4 + p.cp_size // 2)
+    rounds = min(16, 4 + p.cp_size // 2)
     work, rows = _sizes(p, runs, item, len(rank))
     rank = swap(p, rank, work, rows, rounds)
     placed = np.concatenate([rank[item][:, None], runs], axis=1)
@@ -337,7 +373,7 @@ def improve(p: Problem, runs: Int64, item: Int64, rank: Int64, limit: int) -> In
         work, rows = _sizes(p, placed[:, 1:], np.arange(len(placed)), len(placed))
         if most * SHARE // p.share < np.bincount(placed[:, 0], weights=work).max():
             ranks = Ranks(p, placed)
-            cut_work(ranks, most - p.share // 100, 2 * p.cp_size)
+            cut_work(ranks, most, 2 * p.cp_size)
             placed = ranks.array()
             work, rows = _sizes(p, placed[:, 1:], np.arange(len(placed)), len(placed))
         # Only whole documents from the second turn on: a cut one has found its place by then.
@@ -345,6 +381,8 @@ def improve(p: Problem, runs: Int64, item: Int64, rank: Int64, limit: int) -> In
         placed[:, 0] = swap(p, placed[:, 0], work, rows, rounds // 3, most * SHARE // p.share, cut)
         ranks = Ranks(p, placed)
         fill(ranks, most)
+        if max(ranks.work) * 1000 > p.share * (limit - 1):
+            trade(ranks, p.share * (limit - 1) // 1000, p.cp_size)
         placed = ranks.array()
         if max(ranks.work) * 1000 <= p.share * (limit - 1):
             break

@@ -32,25 +32,46 @@ from sap_hf.planning.schedule import (
 
 
 def compile_program(plan: Plan, rank: int, window: Window = None) -> Program:
-    """The program of `rank` for layers with this window."""
-    schedule = plan.schedule(window)
-    pieces = cut(plan.documents, plan.placement)
+    """The program of `rank` for layers with this window.
+
+    With an exchange of heads, `rank` does what the group of ranks that hold its rows would do together, on its own
+    heads; its peers are the ranks of other groups that have the same heads.
+    """
+    group, inside = divmod(rank, plan.ulysses_size)
+    program = _compile(plan, group, window)
+    if plan.ulysses_size == 1:
+        return program
+
+    def there(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        return tuple(dataclasses.replace(m, peer=m.peer * plan.ulysses_size + inside) for m in messages)
+
+    exchanges = (
+        dataclasses.replace(exchange, sends=there(exchange.sends), receives=there(exchange.receives))
+        for exchange in program.exchanges
+    )
+    return dataclasses.replace(program, rank=rank, cp_size=plan.cp_size, exchanges=tuple(exchanges))
+
+
+def _compile(plan: Plan, rank: int, window: Window) -> Program:
+    """The program of one rank of the placement."""
+    schedule, placement = plan.schedule(window), plan.placement
+    pieces = cut(plan.documents, placement)
     mine = pieces.rank == rank
     held = np.stack([pieces.start[mine], pieces.stop[mine], pieces.local[mine]], axis=1)
-    local_of = np.zeros(plan.cp_size, dtype=object)
-    for source in range(plan.cp_size):
+    local_of = np.zeros(plan.placement.cp_size, dtype=object)
+    for source in range(plan.placement.cp_size):
         theirs = pieces.rank == source
         local_of[source] = (pieces.start[theirs], pieces.local[theirs])
 
     stages = [step for step in schedule.steps if len(step.transfers)]
     gathers = any(step.delivery == "all_gather" for step in stages)
-    own_start = rank * plan.rows_per_rank if gathers else 0
+    own_start = rank * plan.placement.rows_per_rank if gathers else 0
     held[:, 2] += own_start
     slots = schedule.slots or max(len(stages), 1)
     room = [0] * slots
     for i, step in enumerate(stages):
         room[i % slots] = max(room[i % slots], _received(step, rank, plan))
-    base = [0 if gathers else plan.rows_per_rank + sum(room[:slot]) for slot in range(slots)]
+    base = [0 if gathers else plan.placement.rows_per_rank + sum(room[:slot]) for slot in range(slots)]
 
     exchanges: list[Exchange] = []
     calls: list[Call] = []
@@ -73,10 +94,10 @@ def compile_program(plan: Plan, rank: int, window: Window = None) -> Program:
         remote.append(add(step.tiles, np.concatenate([held, arrived])))
     return Program(
         rank=rank,
-        cp_size=plan.cp_size,
+        cp_size=plan.placement.cp_size,
         window=schedule.window,
-        own=slice(own_start, own_start + plan.rows_per_rank),
-        buffer_rows=sum(room) + (0 if gathers else plan.rows_per_rank),
+        own=slice(own_start, own_start + plan.placement.rows_per_rank),
+        buffer_rows=sum(room) + (0 if gathers else plan.placement.rows_per_rank),
         slots=slots,
         exchanges=tuple(exchanges),
         calls=tuple(calls),
@@ -89,7 +110,7 @@ def compile_program(plan: Plan, rank: int, window: Window = None) -> Program:
 def _received(step: Step, rank: int, plan: Plan) -> int:
     """Buffer rows that the stage fills on this rank; an all-gather also writes the rank's own rows and padding."""
     if step.delivery == "all_gather":
-        return plan.rows_per_rank * plan.cp_size
+        return plan.placement.rows_per_rank * plan.placement.cp_size
     incoming = step.transfers[step.transfers[:, DESTINATION] == rank]
     return int((incoming[:, STOP] - incoming[:, START]).sum())
 
@@ -105,12 +126,12 @@ def _exchange(
     step: Step, rank: int, plan: Plan, local_of: Int64, own_start: int, base: int
 ) -> tuple[Exchange, Int64]:
     """This rank's messages, and where received rows land [(start, stop, buffer row)], the first one at `base`."""
-    transfers, size = step.transfers, plan.rows_per_rank
+    transfers, size = step.transfers, plan.placement.rows_per_rank
     incoming = transfers[transfers[:, DESTINATION] == rank]
     if step.delivery == "all_gather":
         slots = incoming[:, SOURCE] * size + _local(local_of, incoming[:, SOURCE], incoming[:, START])
         arrived = np.stack([incoming[:, START], incoming[:, STOP], slots], axis=1)
-        others = [peer for peer in range(plan.cp_size) if peer != rank]
+        others = [peer for peer in range(plan.placement.cp_size) if peer != rank]
         sends = tuple(Message(peer, own_start, own_start + size) for peer in others)
         receives = tuple(Message(peer, peer * size, (peer + 1) * size) for peer in others)
         return Exchange(step.delivery, sends, receives, None), arrived
@@ -133,7 +154,7 @@ def _exchange(
         return Exchange(step.delivery, sends, receives, _spans(own, sizes)), arrived
     # Sender and receiver must cut runs alike: a run ends where rows are no longer neighbours on either side. The
     # receiver's slots are neighbours exactly where its sorted rows are, so both can be told from the transfers.
-    sends = _runs(transfers, rank, local_of, plan.cp_size)
+    sends = _runs(transfers, rank, local_of, plan.placement.cp_size)
     receives = _merge(incoming[:, SOURCE], slots, far, rows)
     return Exchange(step.delivery, sends, receives, None), arrived
 

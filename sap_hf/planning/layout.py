@@ -49,16 +49,21 @@ class Layout:
         return np.concatenate([np.arange(start, stop) for _, start, stop in mine])
 
 
-def contiguous(rows: int, cp_size: int) -> Layout:
+def rows_each(rows: int, cp_size: int, multiple: int = 1) -> int:
+    """C: the least multiple of `multiple` that lets `cp_size` ranks hold all rows."""
+    return -(-rows // (cp_size * multiple)) * multiple
+
+
+def contiguous(rows: int, cp_size: int, multiple: int = 1) -> Layout:
     """Rank r holds rows [rC, (r+1)C)."""
-    share = -(-rows // cp_size)
+    share = rows_each(rows, cp_size, multiple)
     edges = np.arange(cp_size + 1) * share
     return Layout("contiguous", cp_size, share, np.stack([np.arange(cp_size), edges[:-1], edges[1:]], axis=1))
 
 
-def zigzag(rows: int, cp_size: int) -> Layout:
+def zigzag(rows: int, cp_size: int, multiple: int = 1) -> Layout:
     """2W chunks, the first W of ceil(C/2) rows, the last W of floor(C/2); rank r holds chunks r and 2W-1-r."""
-    share = -(-rows // cp_size)
+    share = rows_each(rows, cp_size, multiple)
     sizes = np.repeat([(share + 1) // 2, share // 2], cp_size)
     edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     segments: list[list[int]] = []

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from sap_hf.errors import ConfigError
+from sap_hf.errors import ConfigError, LayoutError
 from sap_hf.planning import cost
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.hardware import Hardware
+from sap_hf.planning.heads import head_seconds, rank_shapes
 from sap_hf.planning.layout import Layout, pairs_held, rows_held
 from sap_hf.planning.schedule import DESTINATION, START, STOP, Schedule, Step, sum_by
 
@@ -28,7 +29,8 @@ class Plan:
     """How `cp_size` ranks attend to one pack together.
 
     Attributes:
-        documents, placement: the pack and who holds which rows.
+        documents: the pack.
+        placement: who holds which rows; with ulysses_size U, a rank of it is U neighbouring ranks of the cp group.
         strategy: what "auto" chose, or what was asked for.
         planner: (documents, layout, window, stages) -> Schedule.
         windows: {window: number of layers}; None is full attention.
@@ -36,7 +38,7 @@ class Plan:
         shape, hardware: what the modelled seconds and bytes are for.
         stages: parts in which remote rows arrive.
         max_remote_rows: rows of other ranks that a rank holds at once; more stages keep to it. None: no limit.
-        ulysses_size: ranks that exchange heads.
+        ulysses_size: U, neighbouring ranks that exchange heads: each computes a part of the heads, on all their rows.
     """
 
     documents: Documents
@@ -64,16 +66,31 @@ class Plan:
     @property
     def cp_size(self) -> int:
         """Ranks that share the pack."""
-        return self.placement.cp_size
+        return self.placement.cp_size * self.ulysses_size
 
     @property
     def rows_per_rank(self) -> int:
         """C: rows that each rank holds, padding included."""
-        return self.placement.rows_per_rank
+        return self.placement.rows_per_rank // self.ulysses_size
 
     def rows(self, rank: int) -> Int64:
         """(C,) int64 ids of the pack rows that `rank` holds, in its order; ids at or beyond T are padding."""
-        return self.placement.rows(rank)
+        if not 0 <= rank < self.cp_size:
+            raise LayoutError(f"rank {rank}: the ranks of this plan are 0 to {self.cp_size - 1}.")
+        group, inside = divmod(rank, self.ulysses_size)
+        return self.placement.rows(group)[inside * self.rows_per_rank :][: self.rows_per_rank]
+
+    @property
+    def outer_shape(self) -> cost.Shape:
+        """The layer as the busiest rank computes it, once heads are exchanged."""
+        shapes = rank_shapes(self.shape, self.ulysses_size)
+        return max(shapes, key=lambda shape: (shape.num_heads, shape.num_kv_heads))
+
+    @property
+    def outer_hardware(self) -> Hardware:
+        """The machine as `placement` sees it: each of its ranks is one of the U that hold its rows."""
+        ranks = max(1, self.hardware.ranks_per_node // self.ulysses_size)
+        return dataclasses.replace(self.hardware, ranks_per_node=ranks)
 
     def schedule(self, window: Window = None) -> Schedule:
         """The schedule of layers with this window; derived once.
@@ -90,19 +107,19 @@ class Plan:
     def _within_budget(self, window: Window) -> Schedule:
         """As many stages as asked for or, two of them held at a time, as `max_remote_rows` needs."""
         made = self.planner(self.documents, self.placement, window, self.stages)
-        limit = self.max_remote_rows
-        if limit is None or (received := _held(made, self.cp_size)) <= limit:
+        limit, groups = self.max_remote_rows, self.placement.cp_size
+        if limit is None or (received := _held(made, groups)) <= limit:
             return made
         # Parts are not always equal: a window layer receives what it needs of one document at once.
         for finer in (1, 2, 4, 16):
             stages = -(-received * finer // (limit // 2))
             made = self.planner(self.documents, self.placement, window, max(stages, self.stages))
             made = dataclasses.replace(made, slots=min(2, made.stages))
-            if _held(made, self.cp_size) <= limit:
+            if _held(made, groups) <= limit:
                 return made
         raise ConfigError(
             f"max_remote_rows={limit}: with {self.strategy}{'' if window is None else f' and window {window}'} a rank "
-            f"still holds {_held(made, self.cp_size)} rows of others in {made.stages} stages.\n"
+            f"still holds {_held(made, groups)} rows of others in {made.stages} stages.\n"
             "  Raise max_remote_rows, or use strategy sap."
         )
 
@@ -110,8 +127,11 @@ class Plan:
         """Every stage with the delivery asked for, or with the one that takes least modelled time there and back."""
         names: tuple[str, ...] = (self.delivery,)
         if self.delivery == "auto":
-            names = ("p2p", "all_to_all", *(("all_gather",) if self.strategy == "all_gather" else ()))
-        wires = cost.wire_seconds(made, names, self.cp_size, self.shape, self.hardware)
+            # The collective gathers over the whole cp group, not over the ranks that compute the same heads.
+            whole = self.strategy == "all_gather" and self.ulysses_size == 1
+            names = ("p2p", "all_to_all", *(("all_gather",) if whole else ()))
+        groups = self.placement.cp_size
+        wires = cost.wire_seconds(made, names, groups, self.outer_shape, self.outer_hardware)
         delivery = iter(wires.deliveries)
         steps = tuple(
             Step(step.transfers, step.tiles, next(delivery)) if len(step.transfers) else step
@@ -132,28 +152,36 @@ class Plan:
     @functools.cached_property
     def rows_moved(self) -> Int64:
         """(W, W) int64 rows sent [source, destination] in one layer's forward (the layer with the widest window)."""
-        return self.widest.rows_moved(self.cp_size)
+        # Ranks that compute the same heads send to each other.
+        moved = self.widest.rows_moved(self.placement.cp_size)
+        return np.kron(moved, np.eye(self.ulysses_size, dtype=np.int64))
 
     @functools.cached_property
     def pairs(self) -> Int64:
         """(W,) int64 query-key pairs on each rank, heads ignored, over the layers in `windows`."""
-        return sum(
-            (count * self.schedule(window).pairs(self.cp_size) for window, count in self.windows.items()),
-            np.zeros(self.cp_size, np.int64),
+        groups = self.placement.cp_size
+        pairs = sum(
+            (count * self.schedule(window).pairs(groups) for window, count in self.windows.items()),
+            np.zeros(groups, np.int64),
         )
+        return np.repeat(pairs, self.ulysses_size)
 
     @property
     def imbalance(self) -> float:
-        """Busiest rank's pairs over the mean; 1.0 is perfect."""
-        mean = self.pairs.mean()
-        return float(self.pairs.max() / mean) if mean else 1.0
+        """Busiest rank's pairs times heads over the mean; 1.0 is perfect."""
+        heads = [shape.num_heads for shape in rank_shapes(self.shape, self.ulysses_size)]
+        work = self.pairs * np.tile(heads, self.placement.cp_size)
+        return float(work.max() / work.mean()) if work.any() else 1.0
 
     @property
     def lower_bound_rows(self) -> int:
         """Rows that must move in all: for the contiguous layout its own bound, else one that no placement beats."""
         if self.layout == "contiguous":
-            return _contiguous_bound(self.documents, self.placement, self.widest.window)
-        return _placement_bound(self.documents.lengths, self.rows_per_rank, self.widest.window)
+            bound = _contiguous_bound(self.documents, self.placement, self.widest.window)
+        else:
+            rows = self.placement.rows_per_rank
+            bound = _placement_bound(self.documents.lengths, rows, self.widest.window)
+        return bound * self.ulysses_size
 
     @property
     def all_gather_rows(self) -> int:
@@ -167,13 +195,32 @@ class Plan:
         for window, count in self.windows.items():
             schedule = self.schedule(window)
             _, wires = self._schedules[schedule.window]
-            layers.append((count, cost.layer_seconds(schedule, wires, self.shape, self.hardware)))
-        return cost.Seconds(
+            layers.append((count, cost.layer_seconds(schedule, wires, self.outer_shape, self.hardware)))
+        groups, size = self.placement.cp_size, self.ulysses_size
+        total = cost.Seconds(
             *(
-                sum((count * getattr(layer, field.name) for count, layer in layers), np.zeros(self.cp_size))
+                np.repeat(
+                    sum((count * getattr(layer, field.name) for count, layer in layers), np.zeros(groups)),
+                    size,
+                )
                 for field in dataclasses.fields(cost.Seconds)
             )
         )
+        if size == 1:
+            return total
+        heads = sum(self.windows.values()) * self._head_seconds
+        return dataclasses.replace(
+            total,
+            forward_exposed=total.forward_exposed + heads,
+            backward_exposed=total.backward_exposed + heads,
+            least=total.least + 2 * heads,
+        )
+
+    @functools.cached_property
+    def _head_seconds(self) -> cost.Float64:
+        """(W,) seconds of one layer's exchanges of heads, forward; the backward takes as long."""
+        seconds = head_seconds(self.shape, self.ulysses_size, self.rows_per_rank, self.hardware)
+        return np.tile(seconds, self.placement.cp_size)
 
     @functools.cached_property
     def seconds(self) -> float:
@@ -189,7 +236,14 @@ class Plan:
     def kernel_seconds(self) -> float:
         """Of these, the kernels alone on the busiest rank: no schedule of the same placement can be faster."""
         pairs = pairs_held(self.documents, self.placement, self.windows)
-        return float(cost.kernel_seconds(pairs, self.shape, self.hardware).max())
+        heads = 2 * sum(self.windows.values()) * float(self._head_seconds.max())
+        return float(cost.kernel_seconds(pairs, self.outer_shape, self.hardware).max()) + heads
+
+    def even_seconds(self, pairs: int) -> float:
+        """What `pairs` in all take at least, however evenly they are placed."""
+        heads = 2 * sum(self.windows.values()) * float(self._head_seconds.max())
+        share = np.array([pairs // self.placement.cp_size])
+        return float(cost.kernel_seconds(share, self.outer_shape, self.hardware)[0]) + heads
 
     @property
     def least_seconds(self) -> float:
@@ -200,8 +254,9 @@ class Plan:
     def least_gathered_seconds(self) -> float:
         """What the same placement takes at least when every row goes to every rank."""
         there, home = cost.gather_link_seconds(
-            rows_held(self.documents, self.placement), self.shape, self.hardware
+            rows_held(self.documents, self.placement), self.outer_shape, self.outer_hardware
         )
+        there, home = np.repeat(there, self.ulysses_size), np.repeat(home, self.ulysses_size)
         layers, of = sum(self.windows.values()), self.layer_seconds
         forward, backward = (
             np.maximum(of.forward, layers * there),
@@ -215,8 +270,9 @@ class Plan:
         from sap_hf.planning.compile import compile_program
         from sap_hf.planning.memory import peak_bytes
 
+        shapes = rank_shapes(self.shape, self.ulysses_size)
         return max(
-            peak_bytes(compile_program(self, rank, window), self.shape)
+            peak_bytes(compile_program(self, rank, window), shapes[rank % self.ulysses_size])
             for window in self.windows
             for rank in range(self.cp_size)
         )

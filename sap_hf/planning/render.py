@@ -25,8 +25,7 @@ def picture(plan: Plan) -> str:
     scale = plan.rows_per_rank / shown
     lines = [
         f"{_count(len(documents), 'document')}, {_count(documents.rows, 'row')}, {_count(plan.cp_size, 'rank')}: "
-        f"{plan.strategy} on {plan.layout}"
-        + (f" (one column is about {scale:.3g} rows)" if scale > 1 else "")
+        f"{method(plan)} on {plan.layout}" + (f" (one column is about {scale:.3g} rows)" if scale > 1 else "")
     ]
     width = len(str(plan.cp_size - 1))
     mean = plan.pairs.mean() or 1
@@ -53,20 +52,28 @@ def picture(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def method(plan: Plan) -> str:
+    """The strategy, and what it is combined with."""
+    if plan.strategy == "ulysses" or plan.ulysses_size == 1:
+        return plan.strategy
+    return f"ulysses {plan.ulysses_size} x {plan.strategy}"
+
+
 def share(plan: Plan) -> float:
     """Rows moved as a share of an all-gather's."""
     return float(plan.rows_moved.sum() / plan.all_gather_rows) if plan.all_gather_rows else 0.0
 
 
 def table(plan: Plan, members: Sequence[Plan]) -> str:
-    """A line for each of the plans that were weighed, fastest first and `plan` marked; then c*.
-
-    Plans whose lines would read the same have one: `max_remote_rows` brings several to the same number of stages.
-    """
+    """A line for the fastest plan of each layout and method that was weighed, in that order, `plan` marked; then c*."""
     head = ("layout", "strategy", "stages", "delivery", "ms", "imbalance", "of all-gather", "of bound")
     marks: dict[tuple[str, ...], str] = {head: ""}
+    seen: set[tuple[str, str, str]] = set()
     for member in sorted(members, key=lambda member: (member.seconds, member is not plan)):
-        marks.setdefault(_cells(member), "*" if member is plan else "")
+        kind = (member.layout, member.placement.start, method(member))
+        if kind not in seen:
+            marks[_cells(member)] = "*" if member is plan else ""
+        seen.add(kind)
     widths = [max(map(len, column)) for column in zip(*marks)]
     lines = []
     for cells, mark in marks.items():
@@ -86,7 +93,7 @@ def _cells(plan: Plan) -> tuple[str, ...]:
     ratio = found["ratio_to_lower_bound"]
     return (
         f"{plan.layout} ({found['start']})" if found["start"] else plan.layout,
-        plan.strategy,
+        method(plan),
         str(found["stages"]),
         _runs(plan.deliveries),
         f"{plan.seconds * 1e3:.4g}",
@@ -108,6 +115,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "layout": plan.layout,
         "start": plan.placement.start,
         "strategy": plan.strategy,
+        "ulysses_size": plan.ulysses_size,
         "stages": len(plan.deliveries),
         "deliveries": list(plan.deliveries),
         "modelled_seconds": plan.seconds,

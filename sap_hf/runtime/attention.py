@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 
 from sap_hf.errors import ConfigError, TensorError
-from sap_hf.kernels import Kernel, pick
+from sap_hf.kernels import Kernel, Uneven, pick
 from sap_hf.planning import Plan, Program
 from sap_hf.runtime import transport
 from sap_hf.runtime.arena import Arena, arena
 from sap_hf.runtime.device_program import DeviceCall, DeviceProgram, load
 from sap_hf.runtime.exchange import collect, fetch, send_home
 from sap_hf.runtime.group import resolve, warm
+from sap_hf.runtime.heads import HeadExchange
 
 # The answer is the same for every layer and batch; looking for installed kernels is not free.
 _pick = functools.cache(pick)
@@ -118,6 +119,14 @@ def attention(
             f"{plan.max_remote_rows}) has room for {loaded.program.slots} of {len(loaded.program.exchanges)} stages.\n"
             "  Use remote_kv='refetch', or strategy sap or all_gather without max_remote_rows."
         )
+    heads = None
+    if plan.ulysses_size > 1:
+        assert process_group is not None, "heads are exchanged within a process group"
+        heads = HeadExchange.of(q, k, process_group, rank, plan.cp_size, plan.ulysses_size)
+        if not heads.mine.even:
+            chosen = Uneven(chosen, heads.mine.readers)
+        q, k, v = heads.scatter(q, k, v)
+        sinks = None if sinks is None else sinks[heads.mine.q]
     layer = Layer(
         loaded=loaded,
         kernel=chosen,
@@ -128,7 +137,7 @@ def attention(
         kept=kept,
     )
     out: torch.Tensor = _Attention.apply(q, k, v, sinks, layer)  # type: ignore[no-untyped-call]
-    return out
+    return out if heads is None else heads.gather(out)
 
 
 class _Attention(torch.autograd.Function):

@@ -13,20 +13,23 @@ from sap_hf.config import (
     check_choice,
     check_delivery,
     check_remote_rows,
+    check_ulysses_size,
 )
 from sap_hf.errors import ConfigError, DocumentError, LayoutError
 from sap_hf.planning.balance import balanced, portfolio
 from sap_hf.planning.cost import Shape
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.hardware import Hardware, find_hardware
+from sap_hf.planning.heads import split_heads
 from sap_hf.planning.layout import LAYOUTS as MAKERS
-from sap_hf.planning.layout import Layout
+from sap_hf.planning.layout import Layout, contiguous, pairs_upto
 from sap_hf.planning.plan import Plan, Planner, Window
 from sap_hf.strategies.all_gather import all_gather
 from sap_hf.strategies.ring import ring
 from sap_hf.strategies.sap import sap
 
-PLANNERS: dict[str, Planner] = {"sap": sap, "all_gather": all_gather, "ring": ring}
+# A group of one rank has nothing to move: any planner would do for ulysses.
+PLANNERS: dict[str, Planner] = {"sap": sap, "all_gather": all_gather, "ring": ring, "ulysses": sap}
 # Stage counts that are weighed: more stages hide more of the way behind remote work, and start more messages.
 STAGES = (2, 4)
 # Waiting below this part of the work is not worth weighing stages for.
@@ -58,8 +61,8 @@ def plan(
         lengths: rows of each document, in pack order. Give this or `cu_seqlens`.
         cu_seqlens: (N+1,) borders of the documents, from 0 to T.
         cp_size: ranks that share the pack.
-        ulysses_size: of these, ranks that exchange heads instead of rows; 1 in this version.
-        strategy: auto | sap | all_gather | ring.
+        ulysses_size: of these, neighbouring ranks that exchange heads instead of rows; auto: the least modelled time.
+        strategy: auto | sap | all_gather | ring | ulysses, which is ulysses_size = cp_size.
         layout: auto | contiguous | zigzag | balanced.
         delivery: auto | p2p | all_to_all | all_gather (with strategy all_gather).
         max_remote_rows: rows of other ranks that a rank holds at once, at least 2; None for no limit.
@@ -69,7 +72,8 @@ def plan(
 
     Raises:
         DocumentError: lengths or cu_seqlens that do not describe whole documents, or both given.
-        LayoutError: cp_size or head_dim below 1, or heads that are not a multiple of the kv heads.
+        LayoutError: cp_size or head_dim below 1, heads that are not a multiple of the kv heads, or a ulysses_size that
+            does not divide cp_size or is above the number of query heads.
         ConfigError: a strategy, layout, delivery, window or preset that does not exist or cannot be combined.
     """
     if lengths is not None and cu_seqlens is None:
@@ -78,8 +82,6 @@ def plan(
         documents = Documents.from_cu_seqlens(cu_seqlens)
     else:
         raise DocumentError("Give either lengths or cu_seqlens: exactly one of them describes the pack.")
-    if ulysses_size not in (1, "auto"):
-        raise ConfigError(f"ulysses_size={ulysses_size}: this version does not exchange heads. Use 1.")
     windows = dict(window) if isinstance(window, Mapping) else {window: 1}
     shape = Shape(num_heads, num_kv_heads, head_dim, bytes_per_element)
     return make_plan(
@@ -92,6 +94,7 @@ def plan(
         shape,
         find_hardware(hardware),
         max_remote_rows,
+        ulysses_size,
     )
 
 
@@ -105,6 +108,7 @@ def make_plan(
     shape: Shape,
     hardware: Hardware,
     max_remote_rows: int | None = None,
+    ulysses_size: int | str = 1,
 ) -> Plan:
     """`plan` for documents that exist already; "auto" takes the least modelled time, the earlier one on a tie."""
     return min(
@@ -118,6 +122,7 @@ def make_plan(
             shape,
             hardware,
             max_remote_rows,
+            ulysses_size,
             prune=True,
         ),
         key=lambda made: made.seconds,
@@ -134,6 +139,7 @@ def candidates(
     shape: Shape,
     hardware: Hardware,
     max_remote_rows: int | None = None,
+    ulysses_size: int | str = 1,
     prune: bool = False,
 ) -> Iterator[Plan]:
     """Every plan that `make_plan` weighs, in its order: it returns the first of those with the least modelled time.
@@ -156,6 +162,7 @@ def candidates(
     check_choice("delivery", delivery, DELIVERIES)
     check_delivery(strategy, delivery)
     check_remote_rows(max_remote_rows)
+    check_ulysses_size(ulysses_size)
     for window in windows:
         if window is not None and window < 1:
             raise ConfigError(f"window={window}: a query sees at least itself. Use None for full attention.")
@@ -163,29 +170,68 @@ def candidates(
         raise ConfigError("window={} names no layer. Use None for full attention.")
     if strategy == "auto" and delivery == "all_gather":
         strategy = "all_gather"
-    first = "sap" if strategy == "auto" else strategy
-    weighed = [
-        Plan(
-            documents=documents,
-            placement=placement,
-            strategy=first,
-            planner=PLANNERS[first],
-            windows=windows,
-            delivery=delivery,
-            shape=shape,
-            hardware=hardware,
-            max_remote_rows=max_remote_rows,
-        )
-        for placement in placements(documents, cp_size, layout, windows)
-    ]
     best = math.inf
-    # The most even first: its time is the least that is known before a schedule is made.
-    for made in sorted(weighed, key=lambda made: made.kernel_seconds):
-        if prune and made.kernel_seconds > best * SURE:
-            return
-        for variant in _variants(made, strategy, prune, best):
-            best = min(best, variant.seconds)
-            yield variant
+    pairs = pairs_upto(documents.lengths, windows).sum()
+    for size in _degrees(cp_size, ulysses_size, strategy, delivery, heads):
+        first = "ulysses" if size == cp_size > 1 else "sap" if strategy == "auto" else strategy
+
+        def planned(placement: Layout, size: int = size, first: str = first) -> Plan:
+            return Plan(
+                documents=documents,
+                placement=placement,
+                strategy=first,
+                planner=PLANNERS[first],
+                windows=windows,
+                delivery=delivery,
+                shape=shape,
+                hardware=hardware,
+                max_remote_rows=max_remote_rows,
+                ulysses_size=size,
+            )
+
+        if (
+            prune
+            and planned(contiguous(documents.rows, cp_size // size, size)).even_seconds(pairs) > best * SURE
+        ):
+            continue
+        weighed = [
+            planned(placement) for placement in placements(documents, cp_size // size, layout, windows, size)
+        ]
+        # The most even first: its time is the least that is known before a schedule is made.
+        for made in sorted(weighed, key=lambda made: made.kernel_seconds):
+            if prune and made.kernel_seconds > best * SURE:
+                break
+            for variant in _variants(made, strategy, prune, best):
+                best = min(best, variant.seconds)
+                yield variant
+
+
+def _degrees(cp_size: int, ulysses_size: int | str, strategy: str, delivery: str, heads: int) -> list[int]:
+    """The numbers of ranks among which heads may be exchanged, fewest first."""
+    if strategy == "ulysses":
+        if ulysses_size not in ("auto", cp_size):
+            raise ConfigError(
+                f"strategy='ulysses' exchanges heads among all cp_size={cp_size} ranks, not among ulysses_size="
+                f"{ulysses_size}. Use ulysses_size='auto', or strategy='sap'."
+            )
+        ulysses_size = cp_size
+    if ulysses_size == "auto":
+        # A collective that gathers all rows knows no groups.
+        most = 1 if delivery == "all_gather" else min(cp_size, heads)
+        return [size for size in range(1, most + 1) if cp_size % size == 0]
+    size = int(ulysses_size)
+    if cp_size % size:
+        fits = [n for n in range(1, cp_size + 1) if cp_size % n == 0]
+        raise LayoutError(
+            f"ulysses_size={size} does not divide cp_size={cp_size}.\n  Use one of {', '.join(map(str, fits))}."
+        )
+    split_heads(heads, 1, size)
+    if size > 1 and delivery == "all_gather":
+        raise ConfigError(
+            f"delivery='all_gather' gathers rows over all ranks, ulysses_size={size} only over those with the same "
+            "heads. Use delivery='auto'."
+        )
+    return [size]
 
 
 def _variants(made: Plan, strategy: str, prune: bool, best: float) -> Iterator[Plan]:
@@ -196,17 +242,25 @@ def _variants(made: Plan, strategy: str, prune: bool, best: float) -> Iterator[P
     best = min(best, made.seconds) * SURE if prune else math.inf
     if made.least_seconds <= best:
         yield from (dataclasses.replace(made, stages=stages) for stages in STAGES)
-    if strategy == "auto" and made.max_remote_rows is None and made.least_gathered_seconds <= best:
+    # Among groups nothing is gathered by a collective: it would be the same messages, and more of them.
+    gathers = strategy == "auto" and made.max_remote_rows is None and made.ulysses_size == 1
+    if gathers and made.least_gathered_seconds <= best:
         yield dataclasses.replace(made, strategy="all_gather", planner=all_gather)
 
 
 def placements(
-    documents: Documents, cp_size: int, layout: str, windows: Mapping[Window, int]
+    documents: Documents, cp_size: int, layout: str, windows: Mapping[Window, int], multiple: int = 1
 ) -> list[Layout]:
-    """The layouts that `layout` stands for: one, or for "auto" all that are weighed."""
+    """The layouts that `layout` stands for: one, or for "auto" all that are weighed.
+
+    Args:
+        multiple: of which the rows of a rank are one.
+    """
     if layout in MAKERS:
-        return [MAKERS[layout](documents.rows, cp_size)]
+        return [MAKERS[layout](documents.rows, cp_size, multiple)]
+    if cp_size == 1:
+        return [contiguous(documents.rows, cp_size, multiple)]
     if layout == "balanced":
-        return [balanced(documents, cp_size, windows)]
-    neighbours = [make(documents.rows, cp_size) for make in MAKERS.values()]
-    return neighbours + portfolio(documents, cp_size, windows)
+        return [balanced(documents, cp_size, windows, multiple)]
+    neighbours = [make(documents.rows, cp_size, multiple) for make in MAKERS.values()]
+    return neighbours + portfolio(documents, cp_size, windows, multiple)

@@ -41,7 +41,7 @@ def test_the_plan_is_the_first_of_the_fastest_that_were_weighed(hardware: str, w
 
 
 def test_every_start_of_a_small_pack_is_weighed_and_named() -> None:
-    members = weighed(sap_hf.plan(LENGTHS, cp_size=4))
+    members = weighed(sap_hf.plan(LENGTHS, cp_size=4, hardware="pcie"))
     named = {(member.layout, member.placement.start) for member in members}
     assert named == {("contiguous", ""), ("zigzag", ""), *(("balanced", start) for start in MEMBERS)}
     assert {member.strategy for member in members} == {"sap", "all_gather"}
@@ -57,6 +57,7 @@ def test_figures_are_those_of_the_plan_with_that_strategy_and_layout(strategy: s
         "layout": layout,
         "start": plan.placement.start,
         "strategy": strategy,
+        "ulysses_size": 1,
         "stages": plan.widest.stages,
         "deliveries": list(plan.deliveries),
         "modelled_seconds": plan.layer_seconds.total.max(),
@@ -81,13 +82,15 @@ def test_a_pack_that_need_not_move_has_no_ratio_to_its_bound() -> None:
 
 
 def test_the_table_has_the_fastest_first_and_marks_the_plan() -> None:
-    plan = sap_hf.plan(LENGTHS, cp_size=4)
-    members = weighed(plan)
+    members = weighed(sap_hf.plan(LENGTHS, cp_size=4, hardware="pcie"))
     chosen = min(members, key=lambda member: member.seconds)
     lines = lines_of(chosen, members)
-    assert len(lines) == len(members)
-    assert [line[0] for line in lines] == ["*"] + [" "] * (len(members) - 1)
-    in_order = sorted(members, key=lambda member: member.seconds)
+    fastest: dict[tuple[str, str, str], Plan] = {}
+    for member in sorted(members, key=lambda member: member.seconds):
+        fastest.setdefault((member.layout, member.placement.start, member.strategy), member)
+    in_order = list(fastest.values())
+    assert len(members) > len(in_order) == len(lines)
+    assert [line[0] for line in lines] == ["*"] + [" "] * (len(lines) - 1)
     for line, member in zip(lines, in_order, strict=True):
         name = f"balanced ({member.placement.start})" if member.placement.start else member.layout
         assert line[1:].strip().startswith(name)

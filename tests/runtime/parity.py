@@ -37,6 +37,7 @@ class Case:
     delivery: str = "auto"
     stages: int = 1
     max_remote_rows: int | None = None
+    ulysses_size: int = 1
     heads_first: bool = False
     seed: int = 0
 
@@ -49,6 +50,7 @@ class Case:
             layout=self.layout,
             delivery=self.delivery,
             max_remote_rows=self.max_remote_rows,
+            ulysses_size=self.ulysses_size,
             window=dict(self.options).get("window"),
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
