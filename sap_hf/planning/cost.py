@@ -102,8 +102,8 @@ def wire_seconds(
 ) -> Wires:
     """Each stage by the delivery among `names` that takes least there and back, the earlier one on a tie.
 
-    Inside the node and between nodes different links carry the rows, at the same time. An all-gather between nodes
-    brings every row to a node once, spread over its ranks; dK/dV come home from it by an all-to-all.
+    Inside the node and between nodes different links carry the rows, at the same time. An all-gather brings every row
+    to a node once, spread over its ranks, its own ones too (NCCL's and gloo's ring); dK/dV come home by an all-to-all.
     """
     steps = [step.transfers for step in schedule.steps if len(step.transfers)]
     stages, node = len(steps), hardware.ranks_per_node
@@ -140,7 +140,9 @@ def wire_seconds(
         )
         if name == "all_gather":
             ranks = min(node, cp_size)
-            once = np.stack([busiest[0] + busiest[1] * (ranks - 1) // ranks, busiest[1] // ranks])
+            # A ring through all ranks: what a node receives passes it once, over the links of all its ranks.
+            total = busiest.sum(axis=0)
+            once = np.stack([total * (ranks - 1) // ranks, total // ranks]) if node < cp_size else busiest
             hops = ranks + cp_size // ranks - 2
             there = _both_links(once, hardware) + hardware.step_seconds + hops * hardware.message_seconds
         ways.append((there, back))
