@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sap_hf.cli import bench, plan
+from sap_hf.cli import bench, plan, simulate
 from sap_hf.errors import SapError
 
 
@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it worked, 2 when the input was refused."""
     parser = argparse.ArgumentParser(prog="sap-hf", description="Plans of packed rows over several ranks.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (plan, bench):
+    for command in (plan, bench, simulate):
         command.add(commands)
     options = parser.parse_args(arguments)
     try:

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from sap_hf.config import SapConfig
 from sap_hf.errors import ConfigError, LayoutError
 from sap_hf.hf import counting
+from sap_hf.hf.ahead import Ahead
 from sap_hf.hf.plugin import SapPlugin
 from sap_hf.hf.refuse import refuse_unsupported
 from sap_hf.models import Patch, patch_model, unpatch_model
@@ -34,6 +35,7 @@ class Attachment:
         self._mesh_before = before
         self.group: CpGroup = plugin.group if plugin else ALONE
         self._before: list[tuple[Any, str, Any]] = []
+        self.ahead = Ahead(self.group, config.check_batches)
         self.patch = self._patch(trainer.model)
         self._give_losses_whole_batches(trainer)
         if self.group.size > 1:
@@ -41,6 +43,9 @@ class Attachment:
         self._replace(trainer, "_get_num_items_in_batch", counting.count_targets(trainer))
         self._replace(trainer, "prediction_step", self._prediction_step(trainer))
         self._replace(trainer, "evaluation_loop", self._evaluation_loop(trainer))
+        self._replace(trainer, "train", self.ahead.train(trainer.train))
+        self._replace(trainer, "get_batch_samples", self.ahead.get_batch_samples(trainer.get_batch_samples))
+        self._replace(trainer, "_prepare_input", self.ahead.prepare_input(trainer._prepare_input))
         if trainer.model_init is not None:
             self._replace(trainer, "call_model_init", self._call_model_init(trainer))
 
@@ -52,6 +57,7 @@ class Attachment:
             else:
                 setattr(owner, name, value)
         unpatch_model(trainer.model)
+        self.ahead.close()
         state = AcceleratorState()
         state.parallelism_config, state.device_mesh = self._mesh_before
         attach_group(None)
@@ -61,7 +67,9 @@ class Attachment:
         setattr(owner, name, value)
 
     def _patch(self, model: Any) -> Patch:
-        return patch_model(model, self.config, group=self.group)
+        patch = patch_model(model, self.config, group=self.group)
+        self.ahead.serve(patch.sharding)
+        return patch
 
     def _count_once(self, trainer: Any) -> None:
         size, accelerator = self.group.size, trainer.accelerator

@@ -6,8 +6,10 @@ evaluation the per-token outputs of all ranks are put together again, so that me
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,19 @@ from sap_hf.strategies import make_plan
 PLANS_KEPT = 8
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """The documents of a batch and the plan for them."""
+
+    batch: Batch
+    plan: Plan
+
+    @property
+    def fingerprint(self) -> tuple[int, int]:
+        """64-bit hash of the inputs and digest of the plan: what the ranks of a cp group must have in common."""
+        return self.batch.fingerprint, self.plan.digest
+
+
 class Sharding:
     """The forward hooks of one patched model.
 
@@ -38,6 +53,8 @@ class Sharding:
             the loss from them.
         eval_outputs: in evaluation, put per-token outputs together; off when only the loss is wanted.
         last_plan: the plan of the newest sharded forward.
+        ahead: called with the inputs of every training forward: what was prepared for them, or None, and whether all
+            ranks have agreed upon it already.
     """
 
     def __init__(
@@ -50,6 +67,7 @@ class Sharding:
         self.full_outputs = False
         self.eval_outputs = True
         self.last_plan: Plan | None = None
+        self.ahead: Callable[[dict[str, Any]], tuple[Prepared | None, bool]] | None = None
         self._batch: Batch | None = None
         self._counts_given = False
         self._all_layers_seen = False
@@ -76,7 +94,8 @@ class Sharding:
         inputs = self._by_name(args, kwargs)
         if not _shardable(module, inputs):
             return None
-        batch, plan = self._agree_on(inputs)
+        prepared = self._agree_on(inputs)
+        batch, plan = prepared.batch, prepared.plan
         main = inputs.get("input_ids")
         main = inputs["inputs_embeds"] if main is None else main
         cut = Cut.of(batch, plan, self.group.rank, main.device)
@@ -97,22 +116,35 @@ class Sharding:
         self._batch, self.last_plan = batch, plan
         return (), inputs
 
-    def _agree_on(self, inputs: dict[str, Any]) -> tuple[Batch, Plan]:
-        """Documents and plan of this batch; every rank raises when any of them refuses its own."""
-        problem, batch, plan, fingerprint = None, None, None, (0, 0)
+    def look_ahead(self, inputs: dict[str, Any]) -> Prepared | None:
+        """Documents and plan of a batch that a forward will be given; None for one that the forward has to judge."""
+        if not _shardable(self.model, inputs):
+            return None
         try:
-            batch = read(inputs)
-            plan = self._plans(batch.documents.cu_seqlens.tobytes())
-            fingerprint = (batch.fingerprint, plan.digest)
+            return self._prepare(inputs)
+        except SapError:
+            # It meets the error again, when all ranks are there to hear of it.
+            return None
+
+    def _prepare(self, inputs: dict[str, Any]) -> Prepared:
+        batch = read(inputs)
+        return Prepared(batch, self._plans(batch.documents.cu_seqlens.tobytes()))
+
+    def _agree_on(self, inputs: dict[str, Any]) -> Prepared:
+        """Documents and plan of this batch; every rank raises when any of them refuses its own."""
+        problem, prepared, agreed = None, None, False
+        if self.ahead is not None and self.model.training:
+            prepared, agreed = self.ahead(inputs)
+        try:
+            prepared = prepared or self._prepare(inputs)
         except SapError as error:
             problem = error
-        if self.config.check_batches:
-            agree(self.group, fingerprint, problem, self.model.training)
+        if self.config.check_batches and not agreed:
+            agree(self.group, prepared.fingerprint if prepared else (0, 0), problem, self.model.training)
         elif problem is not None:
             raise problem
-        assert batch is not None
-        assert plan is not None
-        return batch, plan
+        assert prepared is not None
+        return prepared
 
     def _plan(self, cu_seqlens: bytes) -> Plan:
         config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -132,6 +164,7 @@ class Sharding:
             shape,
             self._hardware,
             self.config.max_remote_rows,
+            self.config.ulysses_size,
         )
 
     def _shard_labels(self, inputs: dict[str, Any], batch: Batch, cut: Cut) -> None:

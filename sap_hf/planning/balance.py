@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from sap_hf.planning.balance_search import SHARE, Problem, improve
+from sap_hf.planning.balance_search import improve
+from sap_hf.planning.balance_swap import SHARE, Problem
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.layout import Layout
 from sap_hf.planning.schedule import sum_by
@@ -44,9 +45,9 @@ def balanced(
         multiple: of which the rows of a rank are one.
     """
     p = Problem(documents.lengths, cp_size, windows, multiple)
-    few = len(documents) <= FEW_PER_RANK * cp_size
-    names = sorted(MEMBERS, key=lambda name: expected_rows(p, MEMBERS[name](p))) if few else list(MEMBERS)
-    tries = len(ALWAYS) if _is_small(documents, cp_size) else 1
+    small = _is_small(documents, cp_size)
+    names = sorted(MEMBERS, key=lambda name: expected_rows(p, MEMBERS[name](p))) if small else list(MEMBERS)
+    tries = len(ALWAYS) if small else 1
     best: tuple[tuple[int, int], Int64, str] | None = None
     for number, name in enumerate(names):
         if best is not None and best[0][0] == 0 and number >= tries:
@@ -68,12 +69,14 @@ def portfolio(
 ) -> list[Layout]:
     """What "auto" weighs beside the layouts of neighbours: `balanced`, or in small packs every start, improved.
 
-    There `balanced` is one of them. In others they are left out: each takes as long again.
+    There `balanced` is one of them. In others each takes as long again, and one is weighed besides: where documents
+    are few, ZIGZAG shares long ones so that no link is much busier than the others.
     """
-    if not _is_small(documents, cp_size):
-        return [balanced(documents, cp_size, windows, multiple)]
     p = Problem(documents.lengths, cp_size, windows, multiple)
-    return [lay_out(documents, p, improve(p, *member(p), LIMIT), name) for name, member in MEMBERS.items()]
+    few, small = len(documents) <= FEW_PER_RANK * cp_size, _is_small(documents, cp_size)
+    names = list(MEMBERS) if small else [ZIGZAG] if few else []
+    weighed = [lay_out(documents, p, improve(p, *MEMBERS[name](p), LIMIT), name) for name in names]
+    return weighed if small else [balanced(documents, cp_size, windows, multiple), *weighed]
 
 
 def _is_small(documents: Documents, cp_size: int) -> bool:
@@ -87,16 +90,20 @@ def _score(p: Problem, runs: Int64) -> tuple[int, int]:
     return over, rows_moved(p, (runs[:, 1:], np.arange(len(runs)), runs[:, 0]))
 
 
-def document_aware(p: Problem, limit: int = LIMIT - 20) -> Start:
+def document_aware(p: Problem, limit: int = LIMIT - 20, kept: int = 4) -> Start:
     """Largest first. A document that fits no rank gives its tail to the rank with most budget; its head waits its turn.
 
     A reader of a tail needs all rows before it, so that few and short heads are cheap.
+
+    Args:
+        limit: work that no rank should exceed, in thousandths of the mean.
+        kept: of the work that filling a rank's rows will probably take, the quarters that tails leave free.
     """
     lengths = p.lengths
     order = np.argsort(-p.work, kind="stable")
     u, v = p.shares(p.work, lengths)
     most = SHARE * limit // 1000
-    spare = _spare(p, u)
+    spare = _spare(p, u) * kept // 4
     load, full = np.zeros(p.cp_size, np.int64), np.zeros(p.cp_size, np.int64)
     runs: list[tuple[int, int, int]] = []
     rank: list[int] = []
@@ -282,16 +289,17 @@ def lay_out(documents: Documents, p: Problem, runs: Int64, start: str) -> Layout
     return Layout("balanced", cp_size, share, segments, start)
 
 
+ZIGZAG = "zigzag_parts 900"
 # The first ones are worth improving side by side; the others where those stay uneven. A name is the function and its
-# argument.
+# arguments.
 ALWAYS: Mapping[str, Callable[[Problem], Start]] = {
     "document_aware": document_aware,
     "zigzag_parts": zigzag_parts,
     "document_aware 1000": lambda p: document_aware(p, 1000),
-    "document_aware 1045": lambda p: document_aware(p, 1045),
+    "document_aware 1030 3": lambda p: document_aware(p, 1030, 3),
 }
 MEMBERS: Mapping[str, Callable[[Problem], Start]] = {
     **ALWAYS,
-    "zigzag_parts 500": lambda p: zigzag_parts(p, 500),
+    ZIGZAG: lambda p: zigzag_parts(p, 900),
     "chunks": chunks,
 }

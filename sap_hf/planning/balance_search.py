@@ -1,4 +1,4 @@
-"""Improve a placement: even out work and rows by swapping, cutting and filling.
+"""Improve a placement: even out work and rows by swapping, cutting, filling and trading.
 
 Problem, runs with their ranks -> runs with their ranks, exactly C rows on each. Every loop has an iteration budget
 that depends on the number of ranks alone and compares integers, so that every rank finds the same placement.
@@ -6,187 +6,19 @@ that depends on the number of ranks alone and compares integers, so that every r
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Mapping
-from math import isqrt
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sap_hf.planning.balance_swap import SHARE, Problem, swap
 from sap_hf.planning.documents import Int64
-from sap_hf.planning.layout import pairs_upto, rows_each
 from sap_hf.planning.schedule import sum_by
 
-# One rank's equal share of the work, or of the rows, in the units that the searches compare.
-SHARE = 1 << 20
-# Items of each rank that a round of swaps looks at, and runs that a cut looks at.
-LOOKED_AT = 10
+# Runs that a cut and a trade look at.
 CUT_AMONG = 6
-# Rounds that look at the same items.
-PAIRINGS = 2
-# Work is harder to even out than rows: rows are filled up to the last one afterwards.
-WORK_WEIGHT = 4
 # How far below the limit the search aims, in thousandths: filling the rows adds work where there is least choice.
 MARGIN = 9
 TURNS = 4
-# Larger items, and gaps between ranks, count as this large in a swap.
-LARGE = 1 << 22
-FAR = 1 << 27
-
-# rank, document, and the rows [start, stop) counted from the document's first row.
-Run = tuple[int, int, int, int]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
-    """What has to be shared: documents, ranks, and the layers that make the work.
-
-    Attributes:
-        lengths: (N,) rows of each document.
-        windows: {window: number of layers}; the work of a row is the keys it sees, summed over the layers.
-        multiple: C is a multiple of it.
-        rows_per_rank: C.
-        work: (N,) of each document.
-        share: the mean work of a rank.
-    """
-
-    lengths: Int64
-    cp_size: int
-    windows: Mapping[int | None, int]
-    multiple: int = 1
-    rows_per_rank: int = dataclasses.field(init=False)
-    work: Int64 = dataclasses.field(init=False)
-    share: int = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        rows = int(self.lengths.sum())
-        object.__setattr__(self, "rows_per_rank", rows_each(rows, self.cp_size, self.multiple))
-        object.__setattr__(self, "work", self.upto(self.lengths))
-        object.__setattr__(self, "share", max(1, int(self.work.sum()) // self.cp_size))
-
-    @property
-    def reach(self) -> int | None:
-        """Rows before its own first one that a run reads at most; None for all of its document."""
-        return None if None in self.windows else max(w for w in self.windows if w is not None) - 1
-
-    def upto(self, rows: Int64) -> Int64:
-        """Work of a document's first `rows` rows."""
-        return pairs_upto(rows, self.windows)
-
-    def upto_one(self, rows: int) -> int:
-        """`upto` for one number."""
-        total = 0
-        for window, layers in self.windows.items():
-            near = rows if window is None or window > rows else window
-            total += layers * (near * (near + 1) // 2 + (rows - near) * (window or 0))
-        return total
-
-    def rows_with(self, work: int) -> int:
-        """The most rows at a document's start whose work is at most `work`."""
-        if len(self.windows) == 1 and None in self.windows:
-            return (isqrt(8 * (work // self.windows[None]) + 1) - 1) // 2
-        low, high = 0, int(self.lengths.max())
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.upto_one(middle) <= work else (low, middle - 1)
-        return low
-
-    def shares(self, work: Int64, rows: Int64) -> tuple[Int64, Int64]:
-        """Work and rows in units of SHARE."""
-        # Shifted first: work * SHARE could pass 2**63.
-        shift = max(0, self.share.bit_length() - 40)
-        return (work >> shift) * SHARE // max(1, self.share >> shift), rows * SHARE // self.rows_per_rank
-
-
-def swap(
-    p: Problem,
-    rank: Int64,
-    work: Int64,
-    rows: Int64,
-    rounds: int,
-    most: int | None = None,
-    fixed: NDArray[np.bool_] | None = None,
-) -> Int64:
-    """Move or swap whole items between pairs of ranks, a loaded one with a spare one, all pairs at once.
-
-    Args:
-        rank: (m,) of each item. work, rows: (m,) in units of SHARE.
-        most: None evens out work and rows. Else only rows, where no rank's work grows above `most`.
-        fixed: (m,) items that stay where they are; None for none.
-
-    Returns:
-        (m,) the new ranks.
-    """
-    n, half = len(rank), p.cp_size // 2
-    if not half:
-        return rank
-    # Item n is "nothing": swapping with it is a move.
-    rank, size = np.append(rank, 0), np.zeros((n + 1, 2))
-    size[:n, 0], size[:n, 1] = work, rows
-    # Whole numbers below 2**53 all along: products and sums are exact, in whatever order a machine takes them.
-    held_by = np.stack([sum_by(rank[:n], of, p.cp_size) for of in (work, rows)], axis=1).astype(np.float64)
-    np.minimum(size, LARGE, out=size)
-    weight = np.array([WORK_WEIGHT if most is None else 0, 1.0])
-    given, taken = np.ones((n + 1, 4)), np.ones((n + 1, 4))
-    given[:, 0] = taken[:, 1] = size**2 @ weight
-    given[:, 2:], taken[:, 2:] = -2 * weight * size, size
-    between = np.tile(np.eye(4), (half, 1, 1))
-    for turn in range(rounds):
-        if turn % PAIRINGS == 0:
-            held = _sample(rank, p.cp_size, turn, fixed)
-            width = held.shape[1]
-            first = np.arange(half) * width * width
-        key = held_by[:, 1] if most is not None or turn % 3 == 1 else held_by[:, 0]
-        if most is None and turn % 3 == 2:
-            key = key + held_by[:, 1]
-        by_key = key.argsort(kind="stable")
-        low, high = by_key[:half], by_key[: -half - 1 : -1]
-        if turn % 4 == 3:
-            low = np.roll(low, turn // 4 + 1)
-        mine, theirs = held.take(high, axis=0), held.take(low, axis=0)
-        rich, poor = held_by.take(high, axis=0), held_by.take(low, axis=0)
-        # How the sum of squared loads changes, halved: of work and rows (give - take) * (give - take - gap).
-        gap = np.minimum(rich - poor, FAR)
-        between[:, 2:, 0], between[:, 1, 2:] = gap / 2, weight * gap
-        gain = given.take(mine, axis=0) @ between @ taken.take(theirs, axis=0).transpose(0, 2, 1)
-        if most is not None:
-            limit = np.maximum(np.maximum(rich[:, 0], poor[:, 0]), most)
-            more = size[:, 0].take(mine)[:, :, None] - size[:, 0].take(theirs)[:, None, :]
-            gain *= (more <= (limit - poor[:, 0])[:, None, None]) & (
-                more >= (rich[:, 0] - limit)[:, None, None]
-            )
-        chosen = gain.reshape(half, -1).argmin(axis=1)
-        good = (gain.take(chosen + first) < 0).nonzero()[0]
-        low, high, chosen = low[good], high[good], chosen[good]
-        i = chosen // width
-        j = chosen - i * width
-        gone, come = mine[good, i], theirs[good, j]
-        held[high, i], held[low, j] = come, gone
-        # The last entry stands for "nothing" and is written along with the others.
-        rank[gone], rank[come] = low, high
-        moved = size.take(gone, axis=0) - size.take(come, axis=0)
-        held_by[high] -= moved
-        held_by[low] += moved
-    return rank[:n]
-
-
-def _sample(rank: Int64, ranks: int, turn: int, fixed: NDArray[np.bool_] | None) -> Int64:
-    """(ranks, k) items of each rank, spread evenly over their order, others in another turn; and "nothing"."""
-    n = len(rank) - 1
-    # Sorting 16 bits is several times as fast, and there are fewer ranks than that.
-    order = np.argsort(rank[:n].astype(np.uint16), kind="stable")
-    if fixed is not None:
-        order = order[~fixed[order]]
-    sizes = np.bincount(rank[order], minlength=ranks)
-    width = min(int(sizes.max()), LOOKED_AT)
-    held = np.full((ranks, width + 1), n)
-    if width:
-        first, sizes = (sizes.cumsum() - sizes)[:, None], sizes[:, None]
-        column = np.arange(width)
-        at = first + (column * np.maximum(sizes, width) // width + turn) % np.maximum(sizes, 1)
-        held[:, :width] = np.where(column < sizes, order.take(at, mode="clip"), n)
-    return held
 
 
 class Ranks:
@@ -277,19 +109,16 @@ def fill(ranks: Ranks, most: int) -> None:
     """Move heads, tails and whole runs from ranks with more than C rows to the emptiest, until none has more."""
     p = ranks.p
     room = p.rows_per_rank
-    everyone = range(p.cp_size)
-    for source in sorted(everyone, key=lambda r: -ranks.rows[r]):
+    for source in sorted(range(p.cp_size), key=lambda r: -ranks.rows[r]):
         while ranks.rows[source] > room:
             wanted = min(ranks.rows[source] - room, room - min(ranks.rows))
             # Of the ranks that can take half of it, the one with least work.
-            half = (wanted + 1) // 2
-            to = min((r for r in everyone if ranks.rows[r] + half <= room), key=ranks.work.__getitem__)
+            fits = room - (wanted + 1) // 2
+            to = min([r for r, held in enumerate(ranks.rows) if held <= fits], key=ranks.work.__getitem__)
             wanted = min(wanted, room - ranks.rows[to])
-            mine = ranks.runs[source]
-            spare = max(most - ranks.work[to], 0)
+            spare, burden = most - ranks.work[to], ranks.work[source] - most
             best: tuple[int, int, int, bool] | None = None
-            for at in range(len(mine)):
-                document, start, stop, low, high = mine[at]
+            for at, (document, start, stop, low, high) in enumerate(ranks.runs[source]):
                 rows = min(wanted, stop - start)
                 prices = ranks.prices(document, to, start, stop, rows)
                 if best is not None and min(prices) + wanted - rows >= best[0]:
@@ -300,7 +129,8 @@ def fill(ranks: Ranks, most: int) -> None:
                         continue
                     if head:
                         work = (high if rows == stop - start else p.upto_one(start + rows)) - low
-                        if work > spare:
+                        # A quarter of a head's rows works at least a sixteenth.
+                        if spare < work < 16 * spare:
                             # Two short heads weigh less than a long one.
                             few = p.rows_with(low + spare) - start
                             if 4 * few > rows:
@@ -310,8 +140,7 @@ def fill(ranks: Ranks, most: int) -> None:
                                 continue
                     else:
                         work = high - (low if rows == stop - start else p.upto_one(stop - rows))
-                    over = max(ranks.work[to] + work - most, 0) + max(ranks.work[source] - work - most, 0)
-                    price += 4 * room * over // p.share
+                    price += 4 * room * (max(work - spare, 0) + max(burden - work, 0)) // p.share
                     if best is None or price < best[0]:
                         best = (price, at, rows, head)
             assert best is not None
@@ -331,19 +160,36 @@ def trade(ranks: Ranks, most: int, budget: int) -> None:
         mine, theirs = ranks.runs[busy], ranks.runs[idle]
         deep = sorted(range(len(mine)), key=lambda i: -mine[i][2])[:CUT_AMONG]
         light = sorted(range(len(theirs)), key=lambda i: theirs[i][1])[:CUT_AMONG]
+        # The two ends of each run, with the work of the row there.
+        ends, other_ends = (
+            [
+                (i, head, p.keys(runs[i][1] if head else runs[i][2] - 1))
+                for i in some
+                for head in (True, False)
+            ]
+            for runs, some in ((mine, deep), (theirs, light))
+        )
         best: tuple[int, int, int, int, bool, bool] | None = None
-        for at, back, head, other_head in itertools.product(deep, light, (True, False), (True, False)):
-            document, start, stop, _, _ = mine[at]
-            other, first, last, _, _ = theirs[back]
-            # How much deeper in its document a row at this end is: about the keys that it sees in addition.
-            deeper = (start if head else stop) - (first if other_head else last)
-            rows = min(amount // deeper, stop - start, last - first) if deeper > 0 else 0
-            if rows < 1:
+        for (at, head, keys), (back, other_head, other_keys) in itertools.product(ends, other_ends):
+            if keys <= other_keys:
+                continue
+            document, start, stop, low, high = mine[at]
+            other, first, last, other_low, other_high = theirs[back]
+            rows = min(amount // (keys - other_keys), stop - start, last - first)
+            if not rows:
+                continue
+            cut, other_cut = (
+                start + rows if head else stop - rows,
+                first + rows if other_head else last - rows,
+            )
+            moved = p.upto_one(cut) - low if head else high - p.upto_one(cut)
+            moved -= p.upto_one(other_cut) - other_low if other_head else other_high - p.upto_one(other_cut)
+            if not 0 < moved <= 2 * amount:
                 continue
             price = ranks.prices(document, idle, start, stop, rows)[not head]
             price += ranks.prices(other, busy, first, last, rows)[not other_head]
             # What is left to trade will cost as much again.
-            price = (price + rows) * amount // (rows * deeper)
+            price = (price + rows) * max(amount, moved) // moved
             if best is None or price < best[0]:
                 best = (price, rows, at, back, head, other_head)
         if best is None:

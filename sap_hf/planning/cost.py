@@ -164,14 +164,31 @@ def gather_link_seconds(held: Int64, shape: Shape, hardware: Hardware) -> tuple[
     inside = np.maximum(held * (ranks - 1), near - held)
     outside = np.maximum(held * (cp_size - ranks), held.sum() - near)
     home = _both_links(np.stack([inside, outside]) * shape.bytes_per_row, hardware)
-    once = _both_links(np.stack([inside, outside // min(node, cp_size)]) * shape.bytes_per_row, hardware)
+    if node >= cp_size:
+        return home, home
+    total = (inside + outside) * shape.bytes_per_row
+    once = _both_links(np.stack([total * (node - 1) // node, total // node]), hardware)
     return np.minimum(once, home), home
 
 
-def kernel_seconds(pairs: Int64, shape: Shape, hardware: Hardware) -> Float64:
-    """Seconds of the kernels alone on so many query-key pairs, forward and backward."""
+def kernel_seconds(pairs: Int64, rows: Int64, layers: int, shape: Shape, hardware: Hardware) -> Float64:
+    """Seconds of kernels at least, forward and backward, for so many pairs of all layers and rows in each.
+
+    Every layer takes one call on a rank that holds rows, and one part of `out` for each row.
+    """
     flops = pairs * shape.flops_per_pair
-    return flops / hardware.flops_per_s + flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s)
+    around = (rows > 0) * hardware.call_seconds + _merge_seconds(rows, shape, hardware)
+    computing: Float64 = flops / hardware.flops_per_s + flops * (
+        BACKWARD_FLOPS / hardware.backward_flops_per_s
+    )
+    return computing + 2 * layers * around
+
+
+def _merge_seconds(rows: Int64, shape: Shape, hardware: Hardware) -> Float64:
+    """A part of `out` is read, and the sum is read and written, in float32; dq likewise in the backward."""
+    per_row = np.float64(3 * 4 * shape.num_heads * shape.head_dim / hardware.copy_bytes_per_s)
+    seconds: Float64 = rows * per_row
+    return seconds
 
 
 def _both_links(amount: Int64, hardware: Hardware) -> Float64:
@@ -242,8 +259,7 @@ def _busy(schedule: Schedule, cp_size: int, shape: Shape, hardware: Hardware) ->
     calls = np.zeros((2, size), bool)
     calls[is_full(tiles).astype(np.int64), at] = True
     start = calls.sum(axis=0) * hardware.call_seconds
-    # A part of `out` is read, and the sum is read and written, in float32; dq likewise in the backward.
-    merge = rows * (3 * 4 * shape.num_heads * shape.head_dim / hardware.copy_bytes_per_s)
+    merge = _merge_seconds(rows, shape, hardware)
     flops = pairs * shape.flops_per_pair
     forward = flops / hardware.flops_per_s + start + merge
     backward = flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s) + start + merge

@@ -236,14 +236,17 @@ class Plan:
     def kernel_seconds(self) -> float:
         """Of these, the kernels alone on the busiest rank: no schedule of the same placement can be faster."""
         pairs = pairs_held(self.documents, self.placement, self.windows)
-        heads = 2 * sum(self.windows.values()) * float(self._head_seconds.max())
-        return float(cost.kernel_seconds(pairs, self.outer_shape, self.hardware).max()) + heads
+        return self._kernel_seconds(pairs, rows_held(self.documents, self.placement))
 
     def even_seconds(self, pairs: int) -> float:
         """What `pairs` in all take at least, however evenly they are placed."""
-        heads = 2 * sum(self.windows.values()) * float(self._head_seconds.max())
-        share = np.array([pairs // self.placement.cp_size])
-        return float(cost.kernel_seconds(share, self.outer_shape, self.hardware)[0]) + heads
+        share, rows = (np.array([of // self.placement.cp_size]) for of in (pairs, self.documents.rows))
+        return self._kernel_seconds(share, rows)
+
+    def _kernel_seconds(self, pairs: Int64, rows: Int64) -> float:
+        layers = sum(self.windows.values())
+        seconds = cost.kernel_seconds(pairs, rows, layers, self.outer_shape, self.hardware)
+        return float(seconds.max()) + 2 * layers * float(self._head_seconds.max())
 
     @property
     def least_seconds(self) -> float:
@@ -252,17 +255,16 @@ class Plan:
 
     @property
     def least_gathered_seconds(self) -> float:
-        """What the same placement takes at least when every row goes to every rank."""
-        there, home = cost.gather_link_seconds(
-            rows_held(self.documents, self.placement), self.outer_shape, self.outer_hardware
-        )
-        there, home = np.repeat(there, self.ulysses_size), np.repeat(home, self.ulysses_size)
-        layers, of = sum(self.windows.values()), self.layer_seconds
-        forward, backward = (
-            np.maximum(of.forward, layers * there),
-            np.maximum(of.backward, layers * (there + home)),
-        )
-        return float((forward + backward).max())
+        """What the same placement takes at least when every row goes to every rank: messages cost nothing here."""
+        held = rows_held(self.documents, self.placement)
+        there, home = cost.gather_link_seconds(held, self.outer_shape, self.outer_hardware)
+        total = np.zeros(self.placement.cp_size)
+        for window, count in self.windows.items():
+            schedule = self.schedule(window)
+            stages = min(schedule.stages, 1)
+            wires = cost.Wires(("all_gather",) * stages, there[None][:stages], home[None][:stages], there)
+            total += count * cost.layer_seconds(schedule, wires, self.outer_shape, self.hardware).total
+        return float(total.max())
 
     @functools.cached_property
     def peak_bytes(self) -> int:

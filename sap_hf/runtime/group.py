@@ -143,6 +143,29 @@ def agree(group: CpGroup, fingerprint: tuple[int, int], problem: SapError | None
     _check_same(table.view(-1, group.size, 3), group.size)
 
 
+def agree_ahead(
+    group: dist.ProcessGroup | None, cp_size: int, came: bool, fingerprint: tuple[int, int] | None
+) -> tuple[bool, bool]:
+    """Say how the last batch came and which one is next; no rank raises, all are told the same.
+
+    Args:
+        group: gloo, over all ranks of the run; None for a rank that asks nobody.
+        came: the last batch was the one that was agreed upon.
+        fingerprint: of the next batch, as for `agree`; None when there is none, or none that could be planned.
+
+    Returns:
+        Whether all ranks said the same about the last batch, and whether besides all ranks have a next one, the same
+        throughout every cp group.
+    """
+    if group is None:
+        return True, fingerprint is not None
+    words = [int(came), int(fingerprint is not None), *(_signed(word) for word in fingerprint or (0, 0))]
+    mine = torch.tensor(words, dtype=torch.int64)
+    groups = all_gather(mine, dist.get_world_size(group), group).view(-1, cp_size, len(words))
+    same = bool((groups[:, :, 0] == int(came)).all())
+    return same, same and bool(groups[:, :, 1].all() and (groups == groups[:, :1]).all())
+
+
 def _check_same(groups: torch.Tensor, size: int) -> None:
     """Compare fingerprints (groups, size, 3) within every cp group; all that were asked raise alike."""
     for column, what in ((1, "inputs"), (2, "plan")):

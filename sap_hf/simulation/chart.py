@@ -1,7 +1,7 @@
 """Chart: MagiAttention's published benchmark of context-parallel attention on H100, as data, with its packs.
 
-Source: docs/source/blog/cp_benchmark.md of SandAI-org/MagiAttention, "Distributed Level", varlen causal mask on H100, read
-off the bars to about 5 TFLOP/s; settings and packs after exps/dist_attn of the same repository. Eight GPUs per node.
+Source: docs/source/blog/cp_benchmark.md of SandAI-org/MagiAttention, "Distributed Level", varlen causal mask on H100,
+read off the bars to about 5 TFLOP/s; settings and packs after exps/dist_attn of the same repository.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Fit: the machine's constants, so that the peers take what MagiAttention's chart says on 8 and 16 GPUs.
 
-Chart -> Machine. A pattern search over few constants, the same for all tools; 32 and 64 GPUs are never looked at, and so
-show how far the model carries.
+Chart -> Machine. A pattern search over few constants, the same for all tools; 32 and 64 GPUs are never looked at, and
+so show how far the model carries.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from sap_hf.simulation.peers import magi_a2av, magi_native, ring_allgather, ulys
 from sap_hf.simulation.rings import loongtrain, ring_p2p, usp
 from sap_hf.simulation.timing import Machine, Timed
 
-BASE = PRESETS["h100"]
 # What the fit sees, and what it does not.
 SEEN = (8, 16)
 HELD_OUT = (32, 64)
@@ -99,10 +99,9 @@ def modelled(timed: Sequence[tuple[float, Timed]], machine: Machine) -> tuple[fl
 def machine_of(constants: dict[str, float]) -> Machine:
     """The constants as a Machine; those that the chart says nothing about are the h100 preset's."""
     fields = {field.name for field in dataclasses.fields(Hardware)}
-    hardware = dataclasses.replace(
-        BASE, name="h100-chart", **{name: value for name, value in constants.items() if name in fields}
-    )
-    return Machine(hardware, **{name: value for name, value in constants.items() if name not in fields})
+    links: dict[str, Any] = {name: value for name, value in constants.items() if name in fields}
+    rest = {name: value for name, value in constants.items() if name not in fields}
+    return Machine(dataclasses.replace(PRESETS["h100"], name="h100-chart", **links), **rest)
 
 
 def error(constants: dict[str, float], seen: Workload) -> float:

@@ -48,7 +48,7 @@ class Batches:
     rings: list[tuple[Load, Float64]]
 
     def pairs(self) -> Float64:
-        """(W,) query-key pairs that each rank computes in the forward, over all heads."""
+        """(W,) query-key pairs that each rank computes in the forward, times its heads."""
         total = self.whole.pairs()
         for load, count in self.rings:
             total = total + count.sum(axis=0) * load.pairs().mean()
@@ -69,7 +69,9 @@ def hybrid_dcp(documents: Documents, ranks: int, shape: Shape, node: int, kernel
     """Time the micro-batches: a document on one rank is one kernel call, on more a ring over them."""
     made = batches(documents.lengths.tolist(), ranks)
     work, rows, calls = (np.zeros((len(made), ranks, *more)) for more in ((4,), (), ()))
-    counts: dict[tuple[int, int, int], Float64] = collections.defaultdict(lambda: np.zeros((len(made), ranks)))
+    counts: dict[tuple[int, int, int], Float64] = collections.defaultdict(
+        lambda: np.zeros((len(made), ranks))
+    )
     for stage, groups in enumerate(made):
         start = 0
         for group in groups:
@@ -172,7 +174,9 @@ def _extremes(groups: list[Group], ranks: int) -> tuple[float, float]:
     return max(g.work for g in groups), 0.0 if idle else min(g.work for g in groups)
 
 
-def _trim(groups: list[Group], ranks: int, left: list[int], work: collections.abc.Callable[[int], float]) -> None:
+def _trim(
+    groups: list[Group], ranks: int, left: list[int], work: collections.abc.Callable[[int], float]
+) -> None:
     """Take the last document of the busiest group back as long as that evens out the work."""
     while True:
         busiest, idlest = _extremes(groups, ranks)

@@ -15,8 +15,8 @@ import numpy as np
 from sap_hf.planning.cost import Shape
 from sap_hf.planning.documents import Documents
 from sap_hf.planning.layout import Layout, contiguous
-from sap_hf.simulation.rings import chunked, exchange_heads, row_bytes, split_heads
-from sap_hf.simulation.scheduled import load
+from sap_hf.simulation.rings import chunked, exchange_heads, kinds, row_bytes, split_heads
+from sap_hf.simulation.scheduled import executed, load
 from sap_hf.simulation.timing import FA3, FFA, Kernel, Load, Wire
 from sap_hf.strategies.sap import sap
 
@@ -33,8 +33,10 @@ def ulysses(documents: Documents, ranks: int, shape: Shape, node: int, kernel: K
     """
     local = split_heads(shape, ranks)
     rows = documents.rows / ranks
-    lengths = documents.lengths.astype(np.float64)
-    work = kernel.work(lengths, lengths, True, local.num_heads // local.num_kv_heads).sum(axis=0)
+    found, count = kinds(documents)
+    lengths = found.astype(np.float64)
+    work = kernel.work(lengths, lengths, True, local.num_heads // local.num_kv_heads)
+    work = (work * count).sum(axis=0)
     # Gathered: q, k, v; scattered into zeros: out. The backward gathers q, out, dout, k, v, and scatters dq, dk, dv.
     q_bytes, kv_bytes = row_bytes(shape, local, ranks)
     copied, copied_back = 5 * q_bytes + 2 * kv_bytes, 9 * q_bytes + 5 * kv_bytes
@@ -59,15 +61,17 @@ def ulysses(documents: Documents, ranks: int, shape: Shape, node: int, kernel: K
 
 def ring_allgather(documents: Documents, ranks: int, shape: Shape, node: int, kernel: Kernel = FA3) -> Load:
     """Every document zigzag over all ranks; all K and V are gathered, then two calls (Llama 3, arXiv:2407.21783)."""
-    valid = chunked(documents, 2 * ranks)
+    lengths, count = kinds(documents)
+    valid, part = chunked(lengths, 2 * ranks)
     group = shape.num_heads // shape.num_kv_heads
     seen = np.cumsum(valid, axis=1)
-    calls = kernel.work(valid, np.where(valid > 0, seen, 0), True, group).sum(axis=0)
+    seen = np.where(valid > 0, seen, 0)
+    calls = (kernel.work(valid, seen, True, group) * count[..., None]).sum(axis=0)
     work = (calls[:ranks] + calls[::-1][:ranks])[None]
-    keys = np.where(valid > 0, seen, 0).sum(axis=0)
+    keys = (seen * count).sum(axis=0)
     keys = keys[:ranks] + keys[::-1][:ranks]
     longest = kernel.blocks(len(documents), seen.max(axis=0))
-    rows = float((-(-documents.lengths // (2 * ranks)) * 2).sum())
+    rows = 2 * float((part * count[:, 0]).sum())
     total = rows * ranks
     q_bytes, kv_bytes = row_bytes(shape, shape, 1)
     # Gathered rows are put in order; each half of q is cut out, gathered, padded and put back.
@@ -109,9 +113,12 @@ def magi_native(documents: Documents, ranks: int, shape: Shape, node: int, kerne
     return load(schedule, ranks, shape, node, kernel, group_cast=True)
 
 
-def contiguous_needed(documents: Documents, ranks: int, shape: Shape, node: int, kernel: Kernel = FA3) -> Load:
-    """Neighbouring rows stay together, and only rows that are read travel (as in NeMo Automodel's)."""
-    return load(sap(documents, contiguous(documents.rows, ranks)), ranks, shape, node, kernel)
+def contiguous_needed(
+    documents: Documents, ranks: int, shape: Shape, node: int, kernel: Kernel = FA3
+) -> Load:
+    """Neighbouring rows stay together; only rows that are read travel (as in NeMo Automodel). By our executor."""
+    layout = contiguous(documents.rows, ranks)
+    return executed(sap(documents, layout), ranks, layout.rows_per_rank, shape, node, kernel)
 
 
 def heap_of_chunks(documents: Documents, ranks: int, rows: int = MAGI_CHUNK) -> Layout:

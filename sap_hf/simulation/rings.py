@@ -10,12 +10,12 @@ import numpy as np
 
 from sap_hf.errors import LayoutError
 from sap_hf.planning.cost import Float64, Shape
-from sap_hf.planning.documents import Documents
+from sap_hf.planning.documents import Documents, Int64
 from sap_hf.simulation.timing import FA3, Kernel, Load, Wire
 
 
 def split_heads(shape: Shape, size: int) -> Shape:
-    """Heads that a rank has after an exchange with `size - 1` others; kv heads are replicated where they do not last."""
+    """Heads of a rank after an exchange among `size` ranks; kv heads are replicated where they do not last."""
     if shape.num_heads % size:
         raise LayoutError(f"num_heads={shape.num_heads}: {size} ranks cannot share them evenly.")
     kv_heads = max(1, shape.num_kv_heads // size)
@@ -28,9 +28,7 @@ def row_bytes(shape: Shape, local: Shape, size: int) -> tuple[int, int]:
     return shape.num_heads * element, 2 * local.num_kv_heads * size * element
 
 
-def exchange_heads(
-    shape: Shape, local: Shape, rows: float, size: int, node: int, ranks: int
-) -> Wire:
+def exchange_heads(shape: Shape, local: Shape, rows: float, size: int, node: int, ranks: int) -> Wire:
     """What each of `size` neighbours sends of q, k, v and out of its `rows`; alike in the backward. (1, ranks) each."""
     q_bytes, kv_bytes = row_bytes(shape, local, size)
     amount = rows * (2 * q_bytes + kv_bytes) / size
@@ -41,11 +39,18 @@ def exchange_heads(
     )
 
 
-def chunked(documents: Documents, parts: int) -> Float64:
-    """(N, parts) rows of each document's parts: ceil(length / parts) in each until they run out."""
-    lengths = documents.lengths[:, None]
+def kinds(documents: Documents) -> tuple[Int64, Float64]:
+    """(M,) the lengths that there are, and (M, 1) how many documents have each."""
+    lengths, count = np.unique(documents.lengths, return_counts=True)
+    return lengths, count[:, None].astype(np.float64)
+
+
+def chunked(lengths: Int64, parts: int) -> tuple[Float64, Int64]:
+    """(M, parts) rows of each length's parts, equal until they run out, and (M,) ceil(length / parts)."""
     size = -(-lengths // parts)
-    return np.clip(lengths - size * np.arange(parts), 0, size).astype(np.float64)
+    return np.clip(lengths[:, None] - size[:, None] * np.arange(parts), 0, size[:, None]).astype(
+        np.float64
+    ), size
 
 
 def ring_p2p(documents: Documents, ranks: int, shape: Shape, node: int, kernel: Kernel = FA3) -> Load:
@@ -82,19 +87,24 @@ def ring(
     """
     local = split_heads(shape, inner)
     size, group = ranks // inner, local.num_heads // local.num_kv_heads
-    valid = chunked(documents, 2 * size)
+    lengths, count = kinds(documents)
+    valid, part = chunked(lengths, 2 * size)
     first, second = valid[:, :size], valid[:, ::-1][:, :size]
     both = first + second
     # A place's rows with each document padded to 2 * size equal parts, as all ranks store and copy them.
-    rows = float((-(-documents.lengths // (2 * size)) * 2).sum())
+    rows = 2 * float((part * count[:, 0]).sum())
     # [place, source]: all queries on the source's first part if it lies before, else the second half on all its keys.
-    early, late = kernel.all_pairs(both, first, group), kernel.all_pairs(second, both, group)
+    early, late = (kernel.all_pairs(q, k, count, group) for q, k in ((both, first), (second, both)))
     place = np.arange(size)
     source = (place - place[1:, None]) % size
     before = source < place
     stages = size + (windows or 0) * (size > 1)
     work, q_share, k_share = np.zeros((stages, size, 4)), np.zeros((stages, size)), np.zeros((stages, size))
-    work[0], q_share[0], k_share[0] = kernel.work(both, both, True, group).sum(axis=0), 1, 1
+    work[0], q_share[0], k_share[0] = (
+        (kernel.work(both, both, True, group) * count[..., None]).sum(axis=0),
+        1,
+        1,
+    )
     work[1:size] = np.where(before[..., None], early[place, source], late[place, source])
     q_share[1:size], k_share[1:size] = np.where(before, 1.0, 0.5), np.where(before, 0.5, 1.0)
     longest = np.zeros((stages, size))
@@ -114,36 +124,33 @@ def ring(
         copied[0] += moved
         copied_back[0] += moved
 
-    def spread(array: Float64) -> Float64:
-        return np.repeat(array, inner, axis=1)
-
     # A place receives through the link that the one before it sends through.
     last = (place + 1) * inner % node == 0
     far = (last | np.roll(last, 1)) & (ranks > node)
     there, back = (
         Wire(
-            spread(hops * kv_bytes * np.full(size, inner < node)),
-            spread(hops * kv_bytes * far),
-            spread((hops > 0) * np.ones(size)),
-            np.zeros((stages, ranks)),
+            hops * kv_bytes * np.full(size, inner < node),
+            hops * kv_bytes * far,
+            (hops > 0) * np.ones(size),
+            np.zeros((stages, size)),
         )
         for hops in _hops(size, windows)
     )
     return Load(
         local,
-        spread(work),
-        spread(q_share) * rows,
-        spread(q_share > 0).astype(np.float64),
-        spread(kernel.blocks(len(documents), longest)),
+        work,
+        q_share * rows,
+        np.ceil(q_share),
+        kernel.blocks(len(documents), longest),
         there,
         back,
         kernel,
         pace="lockstep",
         merged=False,
         heads=heads,
-        copied=spread(copied),
-        copied_back=spread(copied_back),
-    )
+        copied=copied,
+        copied_back=copied_back,
+    ).spread(inner)
 
 
 def _hops(size: int, windows: int | None) -> tuple[Float64, Float64]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from sap_hf.planning.cost import Float64, Shape
 from sap_hf.planning.documents import Int64
+from sap_hf.planning.heads import head_bytes
 from sap_hf.planning.plan import Plan
 from sap_hf.planning.schedule import (
     DESTINATION,
@@ -36,7 +37,7 @@ def load(
 
     Args:
         node: ranks per node.
-        kernel: one that merges inside a call reads and writes every query row once a stage, however many tiles it is in.
+        kernel: one that merges inside a call reads and writes a query row once a stage, however many tiles it is in.
         group_cast: not the steps' deliveries but MagiAttention's own exchange carries all transfers.
     """
     stages = [[step for step in schedule.steps if not len(step.transfers)]]
@@ -46,7 +47,8 @@ def load(
     for i, steps in enumerate(stages):
         for step in steps:
             tiles, full = step.tiles, is_full(step.tiles)
-            q, k = tiles[:, Q_STOP] - tiles[:, Q_START], tiles[:, K_STOP] - tiles[:, K_START]
+            q = (tiles[:, Q_STOP] - tiles[:, Q_START]).astype(np.float64)
+            k = (tiles[:, K_STOP] - tiles[:, K_START]).astype(np.float64)
             segments = kernel.work(q, k, ~full, shape.num_heads // shape.num_kv_heads)
             np.add.at(work[i], tiles[:, RANK], segments)
             key = tiles[:, RANK] * (int(tiles[:, Q_STOP].max(initial=0)) + 1) + tiles[:, Q_START]
@@ -69,12 +71,42 @@ def load(
 
 
 def planned(plan: Plan) -> Load:
-    """A Plan's layers with full attention, with everything that `runtime.attention` copies around the kernels.
+    """A Plan's layers with full attention; with ulysses_size U, on all U ranks that share what they hold."""
+    groups, size = plan.placement.cp_size, plan.ulysses_size
+    node = plan.outer_hardware.ranks_per_node
+    made = executed(plan.schedule(None), groups, plan.placement.rows_per_rank, plan.outer_shape, node)
+    if size == 1:
+        return made
+    inside = np.arange(size) // plan.hardware.ranks_per_node
+    same = inside == inside[:, None]
+    columns = []
+    packed = np.zeros(size)
+    for sent in head_bytes(plan.shape, size, plan.rows_per_rank):
+        near, far = np.where(same, sent, 0), np.where(same, 0, sent)
+        links = (np.maximum(part.sum(axis=0), part.sum(axis=1)) for part in (near, far))
+        columns.append([*links, np.full(size, size - 1.0), np.zeros(size)])
+        # Heads that leave together are put together first, and taken apart where they arrive.
+        packed += 2 * (sent.sum(axis=0) + sent.sum(axis=1))
+    heads = np.tile(np.array(columns).transpose(1, 0, 2), groups)
+    spread = made.spread(size)
+    around = np.zeros_like(spread.rows)
+    around[0] = np.tile(packed, groups)
+    return dataclasses.replace(
+        spread,
+        heads=Wire(*heads),
+        copied=spread.copied + around,
+        copied_back=spread.copied_back + around,
+    )
 
-    Runs of rows that lie together are views, but here every call on full tiles gathers its rows.
+
+def executed(
+    schedule: Schedule, ranks: int, rows_per_rank: int, shape: Shape, node: int, kernel: Kernel = FA3
+) -> Load:
+    """`load` with everything that `runtime.attention` copies around the kernels.
+
+    Runs of rows that lie together are views there; here every call on full tiles gathers its rows.
     """
-    schedule, ranks, shape = plan.schedule(None), plan.cp_size, plan.shape
-    made = load(schedule, ranks, shape, plan.hardware.ranks_per_node)
+    made = load(schedule, ranks, shape, node, kernel)
     # (2, S, W): rows of q and of K and V in causal tiles, which the first call has, and in all others.
     causal, full = np.zeros((2, *made.rows.shape)), np.zeros((2, *made.rows.shape))
     stage = 0
@@ -87,9 +119,9 @@ def planned(plan: Plan) -> Load:
                 np.add.at(kind[way, stage], tiles[chosen, RANK], rows[chosen])
     q_elements, kv_elements = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
     own = np.zeros_like(made.rows)
-    own[0] = plan.rows_per_rank
-    # Bytes per element. q: float32 out is cleared and in the end cast, the first part is written to it; rows of others
-    # are gathered, and their part is merged into rows that are gathered and put back. K and V: into the buffer; gathered.
+    own[0] = rows_per_rank
+    # Bytes per element. float32 out is cleared and in the end cast, and the first part is written to it; for others
+    # q is gathered, and the part merged into rows of out that are gathered and put back. K, V: buffered, and gathered.
     copied = q_elements * (10 * own + 6 * causal[0] + 38 * full[0]) + kv_elements * (4 * own + 4 * full[1])
     # q, out and dout are gathered; dq, dk and dv are added to float32 sums that were cleared and are cast.
     copied_back = q_elements * (10 * own + 10 * causal[0] + 22 * full[0])
@@ -127,7 +159,10 @@ def _wire(
     if step.delivery == "all_gather" and not returning:
         size = min(node, ranks)
         hops = none + (size + ranks // size - 2)
-        return within + across * (size - 1) / size, across / size, hops, none
+        if node < ranks:
+            # A ring through all ranks: what a node receives passes it once, over the links of all its ranks.
+            within, across = (within + across) * (size - 1) / size, (within + across) / size
+        return within, across, hops, none
     if step.delivery == "p2p":
         return within, across, messages.max(axis=1), none
     return within, across, count, 2 * (received if returning else sent).sum(axis=1)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sap_hf.planning.cost import BACKWARD_FLOPS, Float64, Shape
 from sap_hf.planning.hardware import Hardware
@@ -25,8 +26,8 @@ class Machine:
         tile_keys: beginning and ending one tile of queries takes as long as computing this many keys per row.
         tile_rows: the same of a backward's tile of keys, in rows; dK and dV of all query heads are added there.
         contention: part of the chip that NCCL takes from kernels while an exchange is under way.
-        group_cast_bytes_per_s: what MagiAttention's own exchange reaches between nodes, row by row; it leaves the kernels
-            beside it the chip that they need.
+        group_cast_bytes_per_s: what MagiAttention's own exchange reaches between nodes, row by row; it does not slow
+            the kernels beside it.
         block_seconds: starting one block of a backward kernel, whether or not it finds something to do.
         eager_bytes_per_s: memory read plus written by PyTorch's gather, scatter, add and transpose, one by one.
         ring_seconds: fixed cost of a step of a ring, which waits for what was sent and starts the next.
@@ -65,9 +66,9 @@ class Kernel:
     # out and dout are read (2 + 2), dq is cleared in float32 (4), then read (4) and written (2).
     backward_bytes: float = 14.0
 
-    def work(self, q: Float64, k: Float64, causal: bool | Float64, heads_per_kv: int) -> Float64:
-        """(..., 4): what segments of q rows on k keys compute: pairs and tiled query rows, then the backward's pairs and
-        tiled keys. A forward begins and ends once for each tile of queries, a backward for each tile of keys.
+    def work(self, q: Float64, k: Float64, causal: bool | NDArray[np.bool_], heads_per_kv: int) -> Float64:
+        """(..., 4): the pairs and tiled query rows that segments of q rows on k keys compute, and the backward's pairs
+        and tiled keys: a forward begins and ends once for each tile of queries, a backward for each tile of keys.
 
         Causal segments end at the same row. A tile has as many keys as its last row sees, rounded up: half a tile of
         keys and half a tile of rows more than needed, on average, but never more than all. No keys, no work.
@@ -81,19 +82,19 @@ class Kernel:
         columns[3] = np.where(q > 0, most, 0)
         return np.stack(columns, axis=-1)
 
-    def all_pairs(self, q: Float64, k: Float64, heads_per_kv: int) -> Float64:
+    def all_pairs(self, q: Float64, k: Float64, count: Float64, heads_per_kv: int) -> Float64:
         """(R, S, 4): `work` of full segments, summed over documents: the rows of each of R ranks on S ranks' keys.
 
         Args:
-            q: (N, R) query rows of each document. k: (N, S) keys.
+            q: (N, R) query rows of each document. k: (N, S) keys. count: (N, 1) documents of that kind.
         """
-        most = np.ceil(k / self.k_tile) * self.k_tile
+        most = np.ceil(k / self.k_tile) * self.k_tile * count
         rows, rows_back = (np.ceil(q / tile) * tile for tile in self._tiles(heads_per_kv))
-        some_q, some_k = (q > 0).astype(np.float64), (k > 0).astype(np.float64)
+        some_q, some_k = (q > 0).astype(np.float64), (k > 0) * count
         columns = (rows.T @ most, rows.T @ some_k, rows_back.T @ most, some_q.T @ most)
         return np.stack(columns, axis=-1)
 
-    def blocks(self, segments: float, longest: Float64) -> Float64:
+    def blocks(self, segments: float | Float64, longest: Float64) -> Float64:
         """Blocks that a varlen backward call starts per head, on segments of at most `longest` keys."""
         tiles: Float64 = np.ceil(longest / self.k_tile) * segments * self.empty_blocks
         return tiles
@@ -138,7 +139,7 @@ class Timed(Protocol):
     """What a peer does for one layer."""
 
     def pairs(self) -> Float64:
-        """(W,) query-key pairs that each rank computes, whole tiles with all that they compute in vain."""
+        """(W,) query-key pairs that each rank computes in the forward, times its heads; tiles count as a whole."""
 
     def seconds(self, machine: Machine) -> tuple[Float64, Float64]:
         """(W,) seconds until each rank is done, forward and backward; all begin together."""
@@ -157,7 +158,7 @@ class Load:
             slowest rank's kernels and wire do) | blocking (rows travel first, then kernels run).
         merged: the kernel's caller merges parts; where it does not, `copied` holds what is done instead.
         slots: stages whose rows are held at once.
-        heads: the exchange of heads around the layer, (1, W) each, the same in the backward.
+        heads: the exchanges of heads around the layer, one after the other, the same in the backward.
         copied, copied_back: (S, W) bytes that PyTorch reads and writes beside the kernels.
         group_cast: the exchange is MagiAttention's own.
     """
@@ -178,9 +179,25 @@ class Load:
     copied_back: Float64 | float = 0.0
     group_cast: bool = False
 
+    def spread(self, size: int) -> Load:
+        """The same on `size` ranks in place of each one; `heads` stay as they are."""
+
+        def repeated(of: Load | Wire, *names: str) -> dict[str, Any]:
+            values = (np.broadcast_to(getattr(of, name), self.rows.shape) for name in names)
+            return {name: np.repeat(value, size, axis=1) for name, value in zip(names, values)}
+
+        columns = ("inside", "outside", "messages", "packed")
+        return dataclasses.replace(
+            self,
+            work=np.repeat(self.work, size, axis=1),
+            there=Wire(**repeated(self.there, *columns)),
+            back=Wire(**repeated(self.back, *columns)),
+            **repeated(self, "rows", "calls", "blocks", "copied", "copied_back"),
+        )
+
     def pairs(self) -> Float64:
-        """(W,) query-key pairs that each rank computes in the forward, over all heads."""
-        total: Float64 = self.work[..., 0].sum(axis=0)
+        """(W,) query-key pairs that each rank computes in the forward, times its heads."""
+        total: Float64 = self.work[..., 0].sum(axis=0) * self.shape.num_heads
         return total
 
     def busy(self, machine: Machine) -> tuple[Float64, Float64]:
@@ -216,7 +233,7 @@ class Load:
         there, back = self.there.seconds(hardware, reached), self.back.seconds(hardware, reached)
         taken = 0.0 if self.group_cast else machine.contention
         forward, backward = _PACES[self.pace](busy, busy_back, there, back, self.slots, taken)
-        heads = 0.0 if self.heads is None else self.heads.seconds(hardware)[0]
+        heads = 0.0 if self.heads is None else self.heads.seconds(hardware).sum(axis=0)
         return forward + heads, backward + heads
 
 

@@ -239,12 +239,15 @@ def _variants(made: Plan, strategy: str, prune: bool, best: float) -> Iterator[P
     yield made
     if made.strategy != "sap" or made.seconds <= (1 + WAITING) * made.busy_seconds:
         return
-    best = min(best, made.seconds) * SURE if prune else math.inf
-    if made.least_seconds <= best:
-        yield from (dataclasses.replace(made, stages=stages) for stages in STAGES)
+    best = min(best, made.seconds) if prune else math.inf
+    if made.least_seconds <= best * SURE:
+        for stages in STAGES:
+            staged = dataclasses.replace(made, stages=stages)
+            best = min(best, staged.seconds) if prune else math.inf
+            yield staged
     # Among groups nothing is gathered by a collective: it would be the same messages, and more of them.
     gathers = strategy == "auto" and made.max_remote_rows is None and made.ulysses_size == 1
-    if gathers and made.least_gathered_seconds <= best:
+    if gathers and made.least_gathered_seconds <= best * SURE:
         yield dataclasses.replace(made, strategy="all_gather", planner=all_gather)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from sap_hf.errors import DocumentError, SapError
-from sap_hf.runtime.group import ALONE, CpGroup, agree
+from sap_hf.runtime.group import ALONE, CpGroup, agree, agree_ahead
 from tests.dist import run_ranks
 
 LARGEST = 2**64 - 1
@@ -21,6 +21,21 @@ def check(rank, world):
         "refused": ((7, 5), DocumentError("no boundaries in this batch") if odd else None),
     }
     return {name: _error(group, *situation) for name, situation in situations.items()}
+
+
+def check_ahead(rank, world):
+    """By name of the situation: what this rank, of two groups of two, was told."""
+    odd, group = rank == 3, 7 + rank // 2
+    situations = {
+        "same": (True, (group, LARGEST)),
+        "all-came-otherwise": (False, (group, 5)),
+        "one-came-otherwise": (not odd, (group, 5)),
+        "inputs": (True, (group + odd, 5)),
+        "plan": (True, (group, LARGEST - odd)),
+        "one-has-none": (True, None if odd else (group, 5)),
+        "none": (True, None),
+    }
+    return {name: agree_ahead(dist.group.WORLD, 2, *situation) for name, situation in situations.items()}
 
 
 def _error(group, fingerprint, problem):
@@ -58,3 +73,22 @@ def test_a_single_process_agrees_with_itself():
     agree(ALONE, (1, 2), None, training=False)
     with pytest.raises(DocumentError, match="the reason"):
         agree(ALONE, (1, 2), DocumentError("the reason"), training=True)
+
+
+def test_agreeing_ahead_tells_all_ranks_of_all_groups_the_same():
+    told = run_ranks(check_ahead, 4, poison=True)
+    assert all(others == told[0] for others in told)
+    assert told[0] == {
+        "same": (True, True),
+        "all-came-otherwise": (True, True),
+        "one-came-otherwise": (False, False),
+        "inputs": (True, False),
+        "plan": (True, False),
+        "one-has-none": (True, False),
+        "none": (True, False),
+    }
+
+
+def test_a_single_process_agrees_ahead_when_there_is_a_batch():
+    assert agree_ahead(None, 1, True, (1, 2)) == (True, True)
+    assert agree_ahead(None, 1, True, None) == (True, False)
