@@ -211,6 +211,11 @@ def _plugin(accelerator: Any, config: SapConfig) -> SapPlugin | None:
                 f"cp_size={config.cp_size} was asked for, but the SapPlugin of this run has cp_size={existing.cp_size}."
                 "\n  Give cp_size in one place only."
             )
+        if config.ulysses_size not in ("auto", existing.ulysses_size):
+            raise LayoutError(
+                f"ulysses_size={config.ulysses_size} was asked for, but the SapPlugin of this run has "
+                f"ulysses_size={existing.ulysses_size}.\n  Give ulysses_size in one place only."
+            )
         return existing
     if existing is not None and existing.total_size > 1:
         raise ConfigError(
@@ -224,7 +229,7 @@ def _plugin(accelerator: Any, config: SapConfig) -> SapPlugin | None:
                 f"  Start {config.cp_size} processes with accelerate launch, or use cp_size=1."
             )
         return None
-    plugin = SapPlugin(cp_size=config.cp_size)
+    plugin = SapPlugin(cp_size=config.cp_size, ulysses_size=config.ulysses_size)
     plugin.resolve(accelerator.num_processes, accelerator.distributed_type == "FSDP")
     return plugin
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 
-from sap_hf.errors import ConfigError, LayoutError
+from sap_hf.config import check_ulysses_size
+from sap_hf.errors import LayoutError
 from sap_hf.runtime.group import ALONE, CpGroup, attach_group, leave_at_exit
 
 
@@ -22,27 +23,27 @@ class SapPlugin(ParallelismConfig):  # type: ignore[misc]
 
     Args:
         cp_size: ranks that share one pack; None is all ranks that data parallelism leaves over.
-        ulysses_size: ranks of the cp group that exchange heads; 1 in this version.
+        ulysses_size: neighbours in the cp group that exchange heads; auto: for each batch what is fastest.
         dp_shard_size: data-parallel ranks over which FSDP2 shards beside cp; None is what is left, under FSDP2.
         dp_replicate_size: data-parallel replicas; None is what is left, without FSDP2.
 
     Raises:
-        LayoutError: sizes whose product is not the number of processes (when the mesh is built).
+        LayoutError: sizes whose product is not the number of processes, or a ulysses_size that does not divide cp_size
+            (when the mesh is built).
     """
 
     def __init__(
         self,
         cp_size: int | None = None,
-        ulysses_size: int | str = 1,
+        ulysses_size: int | str = "auto",
         dp_shard_size: int | None = None,
         dp_replicate_size: int | None = None,
     ):
-        if ulysses_size not in (1, "auto"):
-            raise ConfigError(f"ulysses_size={ulysses_size!r}: this version does not exchange heads. Use 1.")
+        check_ulysses_size(ulysses_size)
         for name, size in (("cp", cp_size), ("dp_shard", dp_shard_size), ("dp_replicate", dp_replicate_size)):
             if size is not None and size < 1:
                 raise LayoutError(f"{name}_size={size}: at least one rank is needed.")
-        self.ulysses_size = 1
+        self.ulysses_size = ulysses_size
         self.requested = {"cp": cp_size, "dp_shard": dp_shard_size, "dp_replicate": dp_replicate_size}
         self.group = ALONE
         # The base class would refuse cp on the CPU and with plain DDP, so it is told of it afterwards.
@@ -87,6 +88,12 @@ class SapPlugin(ParallelismConfig):  # type: ignore[misc]
             sizes["dp_replicate"] *= rest
         elif rest > 1:
             raise LayoutError(self._misfit(processes))
+        if self.ulysses_size != "auto" and sizes["cp"] % int(self.ulysses_size):
+            fits = [str(n) for n in range(1, sizes["cp"] + 1) if sizes["cp"] % n == 0]
+            raise LayoutError(
+                f"ulysses_size={self.ulysses_size} does not divide cp_size={sizes['cp']}.\n"
+                f"  Use one of {', '.join(fits)}."
+            )
         for name, size in sizes.items():
             self._set_size(name, size)
 
@@ -119,7 +126,7 @@ class SapPlugin(ParallelismConfig):  # type: ignore[misc]
         if device_type != "cpu":
             host, job = _host_group(self.cp_size), dist.new_group(backend="gloo")
         leave_at_exit()
-        return CpGroup(group, host, job, self.cp_size, dist.get_rank(group))
+        return CpGroup(group, host, job, self.cp_size, dist.get_rank(group), self.ulysses_size)
 
     def _validate_accelerator(self, accelerator: Any) -> None:
         """Sizes were settled against the processes when the mesh was built."""

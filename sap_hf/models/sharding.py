@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +25,11 @@ from sap_hf.models.interface import KEYWORD, Shard, state
 from sap_hf.models.table import bind_recompute
 from sap_hf.planning import Documents, Plan
 from sap_hf.planning.cost import Shape
-from sap_hf.planning.hardware import find_hardware
+from sap_hf.planning.hardware import PRESETS, Hardware, find_hardware
 from sap_hf.runtime.collectives import gather_rows, sum_over_ranks
-from sap_hf.runtime.group import CpGroup, agree
+from sap_hf.runtime.group import CpGroup, agree, from_first
 from sap_hf.strategies import make_plan
+from sap_hf.strategies.auto import degrees
 
 PLANS_KEPT = 8
 
@@ -62,8 +64,12 @@ class Sharding:
     ):
         self.model, self.layers, self.config, self.group = model, layers, config, group
         self.windows = windows(model)
-        automatic = "h100" if torch.cuda.is_available() else "cpu"
-        self._hardware = find_hardware(automatic if config.hardware == "auto" else config.hardware)
+        self._shape = _shape(model)
+        self._ulysses_size = group.ulysses_size if config.ulysses_size == "auto" else config.ulysses_size
+        if group.size > 1:
+            # What no batch could change is refused here, before the first one.
+            degrees(group.size, self._ulysses_size, config.strategy, config.delivery, self._shape.num_heads)
+        self._hardware = _hardware(config.hardware, group)
         self.full_outputs = False
         self.eval_outputs = True
         self.last_plan: Plan | None = None
@@ -147,13 +153,6 @@ class Sharding:
         return prepared
 
     def _plan(self, cu_seqlens: bytes) -> Plan:
-        config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
-        heads = config.num_attention_heads
-        shape = Shape(
-            num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        )
         return make_plan(
             Documents(np.frombuffer(cu_seqlens, np.int64).copy()),
             self.group.size,
@@ -161,10 +160,10 @@ class Sharding:
             self.config.layout,
             self.windows,
             self.config.delivery,
-            shape,
+            self._shape,
             self._hardware,
             self.config.max_remote_rows,
-            self.config.ulysses_size,
+            self._ulysses_size,
         )
 
     def _shard_labels(self, inputs: dict[str, Any], batch: Batch, cut: Cut) -> None:
@@ -230,6 +229,33 @@ class Sharding:
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _shape(model: torch.nn.Module) -> Shape:
+    """The model's attention layer, for modelled seconds and the heads that may be exchanged."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    heads = config.num_attention_heads
+    return Shape(
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def _hardware(name: str, group: CpGroup) -> Hardware:
+    """What plans are made for: the first rank's numbers, so that all ranks make the same ones."""
+    found, problem = None, None
+    if name == "auto":
+        name = "h100" if torch.cuda.is_available() else "cpu"
+    try:
+        found = find_hardware(name)
+        if name in PRESETS and "LOCAL_WORLD_SIZE" in os.environ:
+            found = dataclasses.replace(found, ranks_per_node=int(os.environ["LOCAL_WORLD_SIZE"]))
+    except SapError as error:
+        problem = error
+    first = from_first(group, found, problem)
+    assert isinstance(first, Hardware)
+    return first
 
 
 def _shardable(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:

@@ -25,7 +25,7 @@ LIMIT = 1050
 FEW_PER_RANK = 8
 FEW = 4096
 # Documents with less than this part of a rank's work are placed by a heap, all of them at once.
-SMALL = SHARE // 2
+SMALL = SHARE * 5 // 8
 # Above every score.
 NEVER = np.iinfo(np.int64).max
 

@@ -10,11 +10,12 @@ import dataclasses
 import functools
 import sys
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sap_hf.errors import BatchMismatch, LayoutError, SapError
+from sap_hf.errors import BatchMismatch, ConfigError, LayoutError, SapError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class CpGroup:
         device: carries K and V (NCCL on CUDA, gloo on CPU). None for a single process without torch.distributed.
         host: a gloo group over the same ranks, for a few bytes per batch that never touch the device.
         job: a gloo group over all ranks of the run: those of other cp groups wait for this one's gradients.
+        ulysses_size: neighbours that exchange heads, or auto; what a SapConfig says goes first.
     """
 
     device: dist.ProcessGroup | None
@@ -32,6 +34,7 @@ class CpGroup:
     job: dist.ProcessGroup | None
     size: int
     rank: int
+    ulysses_size: int | str = "auto"
 
 
 ALONE = CpGroup(None, None, None, 1, 0)
@@ -107,6 +110,26 @@ def world() -> CpGroup:
     whole = dist.group.WORLD
     host = whole if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     return CpGroup(whole, host, host, dist.get_world_size(), dist.get_rank())
+
+
+def from_first(group: CpGroup, value: object, problem: SapError | None) -> object:
+    """The value of the cp group's first rank, on all of them; every rank raises when one has a problem.
+
+    Raises:
+        SapError: this rank's own problem.
+        ConfigError: another rank's.
+    """
+    if group.host is None:
+        everyone: list[Any] = [(value, None if problem is None else str(problem))]
+    else:
+        everyone = [None] * group.size
+        dist.all_gather_object(everyone, (value, None if problem is None else str(problem)), group=group.host)
+    if problem is not None:
+        raise problem
+    for rank, (_, message) in enumerate(everyone):
+        if message is not None:
+            raise ConfigError(f"Rank {rank} of the cp group: {message}")
+    return everyone[0][0]
 
 
 def agree(group: CpGroup, fingerprint: tuple[int, int], problem: SapError | None, training: bool) -> None:

@@ -172,7 +172,7 @@ def candidates(
         strategy = "all_gather"
     best = math.inf
     pairs = pairs_upto(documents.lengths, windows).sum()
-    for size in _degrees(cp_size, ulysses_size, strategy, delivery, heads):
+    for size in degrees(cp_size, ulysses_size, strategy, delivery, heads):
         first = "ulysses" if size == cp_size > 1 else "sap" if strategy == "auto" else strategy
 
         def planned(placement: Layout, size: int = size, first: str = first) -> Plan:
@@ -206,8 +206,16 @@ def candidates(
                 yield variant
 
 
-def _degrees(cp_size: int, ulysses_size: int | str, strategy: str, delivery: str, heads: int) -> list[int]:
-    """The numbers of ranks among which heads may be exchanged, fewest first."""
+def degrees(cp_size: int, ulysses_size: int | str, strategy: str, delivery: str, heads: int) -> list[int]:
+    """The numbers of ranks among which heads may be exchanged, fewest first.
+
+    Args:
+        heads: query heads.
+
+    Raises:
+        LayoutError: `ulysses_size` does not divide `cp_size`, or there are fewer heads.
+        ConfigError: it contradicts strategy or delivery.
+    """
     if strategy == "ulysses":
         if ulysses_size not in ("auto", cp_size):
             raise ConfigError(

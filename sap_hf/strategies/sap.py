@@ -47,8 +47,9 @@ def sap(documents: Documents, layout: Layout, window: int | None = None, stages:
 def _stages(transfers: Int64, remote: Int64, cp_size: int, stages: int) -> list[Step]:
     """Cut transfers so that every reader receives in `stages` equal parts, and the tiles that read them alike."""
     source, destination, start, stop = transfers.T
-    order = np.lexsort((start, (destination - source) % cp_size, destination))
-    source, destination, start, stop = transfers[order].T
+    near = destination * cp_size + (destination - source) % cp_size
+    order = np.argsort(near * (int(start.max()) + 1) + start, kind="stable")
+    source, destination, start, stop = transfers.T.take(order, axis=1)
     upto, total = _running(destination, stop - start, cp_size)
     part = np.maximum(-(-total // stages), 1)[destination]
     # Rows [upto - size, upto) of what the reader receives lie in the parts first .. last.
@@ -70,22 +71,24 @@ def split(sent: Int64, stage: Int64, remote: Int64, stages: int) -> list[Step]:
     if not len(sent):
         return []
     # What lies side by side and arrives in one stage is one run of keys, whoever sent it.
-    order = np.lexsort((sent[:, START], sent[:, DESTINATION]))
-    reader, low, high, when = sent[order, DESTINATION], sent[order, START], sent[order, STOP], stage[order]
-    new = np.ones(len(order), bool)
-    new[1:] = (np.diff(reader) != 0) | (low[1:] != high[:-1]) | (np.diff(when) != 0)
-    end = np.append(np.flatnonzero(new)[1:] - 1, len(order) - 1)
-    reader, low, high, when = reader[new], low[new], high[end], when[new]
+    reader, low, high = sent[:, DESTINATION], sent[:, START], sent[:, STOP]
     scale = int(max(high.max(initial=0), remote[:, K_STOP].max(initial=0))) + 1
     at, end = reader * scale + low, reader * scale + high
-    first = np.searchsorted(end, remote[:, RANK] * scale + remote[:, K_START], side="right")
-    last = np.searchsorted(at, remote[:, RANK] * scale + remote[:, K_STOP])
-    which, nth = _repeat(last - first)
+    order = np.argsort(at, kind="stable")
+    at, end, when = at[order], end[order], stage[order]
+    new = np.ones(len(order), bool)
+    new[1:] = (at[1:] != end[:-1]) | (when[1:] != when[:-1])
+    at, end, when = at[new], end[np.append(new[1:], True)], when[new]
+    base = remote[:, RANK] * scale
+    first = np.searchsorted(end, base + remote[:, K_START], side="right")
+    which, nth = _repeat(np.searchsorted(at, base + remote[:, K_STOP]) - first)
     run = first[which] + nth
-    tiles = remote[which]
-    tiles[:, K_START] = np.maximum(tiles[:, K_START], low[run])
-    tiles[:, K_STOP] = np.minimum(tiles[:, K_STOP], high[run])
-    return [Step(sent[stage == i], tiles[when[run] == i]) for i in range(stages)]
+    tiles = remote.take(which, axis=0)
+    base = base[which]
+    tiles[:, K_START] = np.maximum(tiles[:, K_START], at[run] - base)
+    tiles[:, K_STOP] = np.minimum(tiles[:, K_STOP], end[run] - base)
+    of_tile = when[run]
+    return [Step(sent[stage == i], tiles[of_tile == i]) for i in range(stages)]
 
 
 def _window_stages(
@@ -128,9 +131,8 @@ def tiles(
         needed (k, 3): columns rank, start, stop: ranges that the rank does not hold, disjoint per rank.
         group (n,), (k,): the (rank, document) of each remote tile and needed range, numbered by rank.
     """
-    # All pieces of one document on one rank, in row order, next to each other.
-    order = np.lexsort((pieces.start, pieces.document, pieces.rank))
-    mine = pieces.select(order)
+    # All pieces of one document on one rank, in row order, next to each other: pieces are in row order already.
+    mine = pieces.select(np.argsort(pieces.rank, kind="stable"))
     if window is None:
         return _causal_tiles(documents, mine)
     return _window_tiles(documents, mine, window)

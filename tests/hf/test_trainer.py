@@ -67,6 +67,11 @@ ON_2_RANKS = {
     "zigzag": Case(options={"layout": "zigzag"}),
     "all-gather-kept": Case(options={"strategy": "all_gather", "remote_kv": "keep"}),
     "stream": Case(stream=True, args={"max_steps": len(material.PACKS)}),
+    "ulysses": Case(evaluates=True, options={"strategy": "ulysses"}),
+    "ulysses-checkpointing": Case(
+        options={"ulysses_size": 2},
+        args={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    ),
 }
 ON_3_RANKS = {
     "plain": Case(cp_size=3, evaluates=True),
@@ -101,7 +106,15 @@ ON_4_RANKS = {
         args={"max_steps": len(material.PACKS) // 2, "accelerator_config": {"dispatch_batches": False}},
     ),
     "cp-4": Case(cp_size=4, evaluates=True),
+    "two-by-two": Case(cp_size=4, evaluates=True, options={"ulysses_size": 2, "layout": "balanced"}),
+    "two-groups-ulysses": Case(**TWO_GROUPS, options={"ulysses_size": 2}),
 }
+ON_8_RANKS = {
+    "two-groups-two-by-two": Case(
+        **TWO_GROUPS, cp_size=4, options={"ulysses_size": 2}, args={"gradient_accumulation_steps": 2}
+    ),
+}
+ON_RANKS = {2: ON_2_RANKS, 3: ON_3_RANKS, 4: ON_4_RANKS, 8: ON_8_RANKS}
 
 # In the order that a user gets without asking for one: every epoch shuffled anew.
 SHUFFLED = {
@@ -114,7 +127,7 @@ SHUFFLED = {
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Together]:
     """All runs of one number of ranks, in one start of them."""
     started = {}
-    for world, cases in ((2, ON_2_RANKS), (3, ON_3_RANKS), (4, ON_4_RANKS)):
+    for world, cases in ON_RANKS.items():
         folder = tmp_path_factory.mktemp(f"ranks-{world}")
         scenarios: dict[str, Any] = {name: (parity, {"case": case}) for name, case in cases.items()}
         if world in SHUFFLED:
@@ -125,14 +138,14 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Together]
 
 ALL = [
     pytest.param(world, name, case, id=f"{name}-W{world}")
-    for world, cases in ((2, ON_2_RANKS), (3, ON_3_RANKS), (4, ON_4_RANKS))
+    for world, cases in ON_RANKS.items()
     for name, case in cases.items()
 ]
 
 
 @functools.cache
 def truth(world: int, name: str) -> tuple[oracle.Run, float | None, float | None]:
-    return {2: ON_2_RANKS, 3: ON_3_RANKS, 4: ON_4_RANKS}[world][name].truth()
+    return ON_RANKS[world][name].truth()
 
 
 @pytest.mark.parametrize("world, name, case", ALL)
