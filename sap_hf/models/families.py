@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sap_hf.errors import UnsupportedAttention
-from sap_hf.models.table import TABLE
+from sap_hf.models.table import entry_of
 
 # model_type of the text config.
 EXACT_FAMILIES = (
@@ -88,7 +88,7 @@ def _is_attention(module: torch.nn.Module) -> bool:
 
 def _why_not(layer: torch.nn.Module) -> str | None:
     """Why this layer cannot be exact, or None."""
-    if not honours_interface(layer) and type(layer).__name__ not in TABLE:
+    if not honours_interface(layer) and entry_of(type(layer)) is None:
         return "bypasses transformers' attention interface and is not in the patch table."
     if getattr(layer, "is_causal", True) is not True:
         return "attends in both directions; packs are split for causal attention only."

@@ -15,7 +15,7 @@ from sap_hf.errors import UnsupportedAttention
 from sap_hf.models.families import attention_layers
 from sap_hf.models.interface import NAME, originals, register
 from sap_hf.models.sharding import Sharding
-from sap_hf.models.table import TABLE, install, uninstall
+from sap_hf.models.table import TABLE, entry_of, install, uninstall
 from sap_hf.runtime.group import CpGroup, attached, world
 
 
@@ -81,7 +81,7 @@ def patch_model(
     register()
     original = base.config._attn_implementation
     classes = Counter(type(layer) for layer in layers.values())
-    table = [cls for cls in classes if cls.__name__ in TABLE]
+    table = [cls for cls in classes if entry_of(cls) is not None]
     if table:
         # These classes chose their attention when they were built; the name is for the mask alone.
         base.config._attn_implementation_internal = NAME

@@ -36,6 +36,14 @@ TABLE = {
     "CodeGenAttention": Entry("_attn", lambda layer: 1 / float(layer.scale_attn)),
     "GPTJAttention": Entry("_attn", lambda layer: 1 / float(layer.scale_attn)),
 }
+
+
+def entry_of(cls: type) -> Entry | None:
+    """How to patch this class; None where it is not in the table, or asks the interface (as from transformers 5.24)."""
+    entry = TABLE.get(cls.__name__)
+    return entry if entry is not None and hasattr(cls, entry.method) else None
+
+
 # Patched classes and the number of patched models that need each.
 _in_use: Counter[type] = Counter()
 
@@ -44,7 +52,8 @@ def install(classes: Iterable[type]) -> None:
     """Patch the classes, once for all models that need them."""
     for cls in classes:
         if not _in_use[cls]:
-            entry = TABLE[cls.__name__]
+            entry = entry_of(cls)
+            assert entry is not None, f"{cls.__name__} is not in the patch table"
             setattr(cls, entry.method, _patched(getattr(cls, entry.method), entry))
         _in_use[cls] += 1
 
