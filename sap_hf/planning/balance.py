@@ -19,9 +19,8 @@ from sap_hf.planning.schedule import sum_by
 
 # A balanced layout's busiest rank has at most this much of the mean work, in thousandths.
 LIMIT = 1050
-# With at most this many documents per rank starts differ, so the one that should move least goes first. With at most
-# this many documents times ranks besides, there is time to improve several. Other packs leave more choice, and the
-# first start does.
+# With at most this many documents per rank starts differ. With at most this many documents times ranks besides, there
+# is time to improve several, the one that should move least first. Elsewhere the first start does.
 FEW_PER_RANK = 8
 FEW = 4096
 # Documents with less than this part of a rank's work are placed by a heap, all of them at once.

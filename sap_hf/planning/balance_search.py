@@ -10,14 +10,13 @@ import itertools
 
 import numpy as np
 
-from sap_hf.planning.balance_swap import SHARE, Problem, swap
+from sap_hf.planning.balance_swap import Problem, swap
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.schedule import sum_by
 
 # Runs that a cut and a trade look at.
 CUT_AMONG = 6
-# How far below the limit the search aims, in thousandths: filling the rows adds work where there is least choice.
-MARGIN = 9
+# Rounds of cutting, filling and trading.
 TURNS = 4
 
 
@@ -209,32 +208,17 @@ def improve(p: Problem, runs: Int64, item: Int64, rank: Int64, limit: int) -> In
     Returns:
         (k, 4) runs: rank, document, start, stop.
     """
-    rounds = min(16, 4 + p.cp_size // 2)
-    work, rows = _sizes(p, runs, item, len(rank))
-    rank = swap(p, rank, work, rows, rounds)
-    placed = np.concatenate([rank[item][:, None], runs], axis=1)
+    work = sum_by(item, p.upto(runs[:, 2]) - p.upto(runs[:, 1]), len(rank))
+    rows = sum_by(item, runs[:, 2] - runs[:, 1], len(rank))
+    rank = swap(p, rank, *p.shares(work, rows), min(16, 4 + p.cp_size // 2))
+    ranks = Ranks(p, np.concatenate([rank[item][:, None], runs], axis=1))
+    allowed = p.share * (limit - 1) // 1000
     for turn in range(TURNS):
         # Each turn aims lower, so that what the filling adds ends below the limit.
-        most = p.share * (limit - MARGIN - 5 * turn) // 1000
-        work, rows = _sizes(p, placed[:, 1:], np.arange(len(placed)), len(placed))
-        if most * SHARE // p.share < np.bincount(placed[:, 0], weights=work).max():
-            ranks = Ranks(p, placed)
-            cut_work(ranks, most, 2 * p.cp_size)
-            placed = ranks.array()
-            work, rows = _sizes(p, placed[:, 1:], np.arange(len(placed)), len(placed))
-        # Only whole documents from the second turn on: a cut one has found its place by then.
-        cut = placed[:, 3] - placed[:, 2] < p.lengths[placed[:, 1]] if turn else None
-        placed[:, 0] = swap(p, placed[:, 0], work, rows, rounds // 3, most * SHARE // p.share, cut)
-        ranks = Ranks(p, placed)
+        most = allowed - (turn + 1) * p.share // 250
+        cut_work(ranks, most, 2 * p.cp_size)
         fill(ranks, most)
-        if max(ranks.work) * 1000 > p.share * (limit - 1):
-            trade(ranks, p.share * (limit - 1) // 1000, p.cp_size)
-        placed = ranks.array()
-        if max(ranks.work) * 1000 <= p.share * (limit - 1):
+        trade(ranks, allowed, p.cp_size)
+        if max(ranks.work) <= allowed:
             break
-    return placed
-
-
-def _sizes(p: Problem, runs: Int64, item: Int64, items: int) -> tuple[Int64, Int64]:
-    work = sum_by(item, p.upto(runs[:, 2]) - p.upto(runs[:, 1]), items)
-    return p.shares(work, sum_by(item, runs[:, 2] - runs[:, 1], items))
+    return ranks.array()

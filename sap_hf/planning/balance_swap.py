@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from math import isqrt
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.layout import pairs_upto, rows_each
@@ -98,21 +97,11 @@ class Problem:
         return (work >> shift) * SHARE // max(1, self.share >> shift), rows * SHARE // self.rows_per_rank
 
 
-def swap(
-    p: Problem,
-    rank: Int64,
-    work: Int64,
-    rows: Int64,
-    rounds: int,
-    most: int | None = None,
-    fixed: NDArray[np.bool_] | None = None,
-) -> Int64:
+def swap(p: Problem, rank: Int64, work: Int64, rows: Int64, rounds: int) -> Int64:
     """Move or swap whole items between pairs of ranks, a loaded one with a spare one, all pairs at once.
 
     Args:
         rank: (m,) of each item. work, rows: (m,) in units of SHARE.
-        most: None evens out work and rows. Else only rows, where no rank's work grows above `most`.
-        fixed: (m,) items that stay where they are; None for none.
 
     Returns:
         (m,) the new ranks.
@@ -126,19 +115,17 @@ def swap(
     # Whole numbers below 2**53 all along: products and sums are exact, in whatever order a machine takes them.
     held_by = np.stack([sum_by(rank[:n], of, p.cp_size) for of in (work, rows)], axis=1).astype(np.float64)
     np.minimum(size, LARGE, out=size)
-    weight = np.array([WORK_WEIGHT if most is None else 0, 1.0])
+    weight = np.array([WORK_WEIGHT, 1.0])
     given, taken = np.ones((n + 1, 4)), np.ones((n + 1, 4))
     given[:, 0] = taken[:, 1] = size**2 @ weight
     given[:, 2:], taken[:, 2:] = -2 * weight * size, size
     between = np.tile(np.eye(4), (half, 1, 1))
     for turn in range(rounds):
         if turn % PAIRINGS == 0:
-            held = _sample(rank, p.cp_size, turn, fixed)
+            held = _sample(rank, p.cp_size, turn)
             width = held.shape[1]
             first = np.arange(half) * width * width
-        key = held_by[:, 1] if most is not None or turn % 3 == 1 else held_by[:, 0]
-        if most is None and turn % 3 == 2:
-            key = key + held_by[:, 1]
+        key = held_by[:, turn % 3] if turn % 3 < 2 else held_by[:, 0] + held_by[:, 1]
         by_key = key.argsort(kind="stable")
         low, high = by_key[:half], by_key[: -half - 1 : -1]
         if turn % 4 == 3:
@@ -149,12 +136,6 @@ def swap(
         gap = np.maximum(np.minimum(rich - poor, FAR), -FAR)
         between[:, 2:, 0], between[:, 1, 2:] = gap / 2, weight * gap
         gain = given.take(mine, axis=0) @ between @ taken.take(theirs, axis=0).transpose(0, 2, 1)
-        if most is not None:
-            limit = np.maximum(np.maximum(rich[:, 0], poor[:, 0]), most)
-            more = size[:, 0].take(mine)[:, :, None] - size[:, 0].take(theirs)[:, None, :]
-            gain *= (more <= (limit - poor[:, 0])[:, None, None]) & (
-                more >= (rich[:, 0] - limit)[:, None, None]
-            )
         chosen = gain.reshape(half, -1).argmin(axis=1)
         good = (gain.take(chosen + first) < 0).nonzero()[0]
         low, high, chosen = low[good], high[good], chosen[good]
@@ -170,19 +151,16 @@ def swap(
     return rank[:n]
 
 
-def _sample(rank: Int64, ranks: int, turn: int, fixed: NDArray[np.bool_] | None) -> Int64:
+def _sample(rank: Int64, ranks: int, turn: int) -> Int64:
     """(ranks, k) items of each rank, spread evenly over their order, others in another turn; and "nothing"."""
     n = len(rank) - 1
     # Sorting 16 bits is several times as fast, and there are fewer ranks than that.
     order = np.argsort(rank[:n].astype(np.uint16), kind="stable")
-    if fixed is not None:
-        order = order[~fixed[order]]
-    sizes = np.bincount(rank[order], minlength=ranks)
+    sizes = np.bincount(rank[:n], minlength=ranks)
     width = min(int(sizes.max()), LOOKED_AT)
     held = np.full((ranks, width + 1), n)
-    if width:
-        first, sizes = (sizes.cumsum() - sizes)[:, None], sizes[:, None]
-        column = np.arange(width)
-        at = first + (column * np.maximum(sizes, width) // width + turn) % np.maximum(sizes, 1)
-        held[:, :width] = np.where(column < sizes, order.take(at, mode="clip"), n)
+    first, sizes = (sizes.cumsum() - sizes)[:, None], sizes[:, None]
+    column = np.arange(width)
+    at = first + (column * np.maximum(sizes, width) // width + turn) % np.maximum(sizes, 1)
+    held[:, :width] = np.where(column < sizes, order.take(at, mode="clip"), n)
     return held

@@ -66,15 +66,15 @@ def zigzag(rows: int, cp_size: int, multiple: int = 1) -> Layout:
     share = rows_each(rows, cp_size, multiple)
     sizes = np.repeat([(share + 1) // 2, share // 2], cp_size)
     edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-    segments: list[list[int]] = []
-    for rank in range(cp_size):
-        for chunk in (rank, 2 * cp_size - 1 - rank):
-            start, stop = int(edges[chunk]), int(edges[chunk + 1])
-            if segments and segments[-1][0] == rank and segments[-1][2] == start:
-                segments[-1][2] = stop
-            elif stop > start:
-                segments.append([rank, start, stop])
-    return Layout("zigzag", cp_size, share, np.array(segments, np.int64))
+    rank = np.repeat(np.arange(cp_size), 2)
+    chunk = np.where(np.arange(2 * cp_size) % 2, 2 * cp_size - 1 - rank, rank)
+    segments = np.stack([rank, edges[chunk], edges[chunk + 1]], axis=1)
+    segments = segments[segments[:, 2] > segments[:, 1]]
+    # The last rank's chunks are neighbours: one segment.
+    new = np.ones(len(segments), bool)
+    new[1:] = (segments[1:, 0] != segments[:-1, 0]) | (segments[1:, 1] != segments[:-1, 2])
+    stop = segments[np.append(new[1:], True), 2]
+    return Layout("zigzag", cp_size, share, np.stack([segments[new, 0], segments[new, 1], stop], axis=1))
 
 
 LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag}

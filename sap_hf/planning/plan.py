@@ -258,13 +258,9 @@ class Plan:
         """What the same placement takes at least when every row goes to every rank: messages cost nothing here."""
         held = rows_held(self.documents, self.placement)
         there, home = cost.gather_link_seconds(held, self.outer_shape, self.outer_hardware)
-        total = np.zeros(self.placement.cp_size)
-        for window, count in self.windows.items():
-            schedule = self.schedule(window)
-            stages = min(schedule.stages, 1)
-            wires = cost.Wires(("all_gather",) * stages, there[None][:stages], home[None][:stages], there)
-            total += count * cost.layer_seconds(schedule, wires, self.outer_shape, self.hardware).total
-        return float(total.max())
+        layers, of = sum(self.windows.values()), self.layer_seconds
+        there, back = layers * there, layers * (there + home)
+        return float((np.maximum(of.forward, there) + np.maximum(of.backward, back)).max())
 
     @functools.cached_property
     def peak_bytes(self) -> int:

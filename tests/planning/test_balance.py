@@ -1,8 +1,10 @@
 """The balanced layout: even work, equal rows, little moved, and the same on every rank."""
 
+import functools
 import os
 import subprocess
 import sys
+import timeit
 
 import numpy as np
 import pytest
@@ -11,8 +13,12 @@ from hypothesis import strategies as st
 
 import sap_hf
 from sap_hf.planning import Documents, workloads
+from sap_hf.planning.balance import MEMBERS, ZIGZAG
+from sap_hf.planning.balance_search import Ranks, trade
+from sap_hf.planning.balance_swap import Problem
 from sap_hf.planning.render import share
-from sap_hf.strategies.auto import placements
+from sap_hf.simulation.placement import RANKS, placement_table
+from sap_hf.strategies.auto import candidates, placements
 from tests.planning.cases import CORNERS, owners, packs, windows
 from tests.planning.test_schedule import hold_every_property
 
@@ -74,15 +80,40 @@ def test_auto_is_never_slower_under_the_model_than_any_member(lengths, cp_size, 
         assert auto.seconds <= sap_hf.plan(**options, layout=layout).seconds
 
 
-def test_auto_weighs_every_start_of_a_small_pack_and_one_of_a_large_one():
-    small = Documents.from_lengths([30, 5, 9, 40, 3])
-    assert len(placements(small, 4, "auto", {None: 1})) > 4
-    large = Documents.from_lengths(np.full(5000, 7))
-    assert [layout.name for layout in placements(large, 4, "auto", {None: 1})] == [
-        "contiguous",
-        "zigzag",
-        "balanced",
-    ]
+def hold_that_pruning_changes_nothing(**options):
+    auto = sap_hf.plan(**options)
+    plans = candidates(
+        auto.documents, auto.cp_size, "auto", "auto", auto.windows, "auto", auto.shape, auto.hardware
+    )
+    assert min(plans, key=lambda plan: plan.seconds).digest == auto.digest
+
+
+@settings(max_examples=40)
+@given(packs, ranks, windows, st.sampled_from(("h100", "cpu")))
+def test_what_auto_passes_over_is_not_the_fastest(lengths, cp_size, window, hardware):
+    hold_that_pruning_changes_nothing(lengths=lengths, cp_size=cp_size, window=window, hardware=hardware)
+
+
+@pytest.mark.parametrize("hardware", ["h100", "a100", "pcie", "cpu"])
+@pytest.mark.parametrize("name", ["magi", "chatqa2", "short", "half", "one"])
+def test_what_auto_passes_over_is_not_the_fastest_on_workloads(name, hardware):
+    for cp_size, window in ((4, None), (12, None), (16, {None: 1, 512: 5})):
+        lengths = workloads.pack(name, cp_size * 4096, np.random.default_rng(cp_size))
+        hold_that_pruning_changes_nothing(lengths=lengths, cp_size=cp_size, window=window, hardware=hardware)
+
+
+def test_auto_weighs_every_start_of_a_small_pack_and_fewer_of_larger_ones():
+    def starts(lengths):
+        return [
+            layout.start
+            for layout in placements(Documents.from_lengths(lengths), 64, "auto", {None: 1})
+            if layout.name == "balanced"
+        ]
+
+    lengths = np.arange(1, 1001)
+    assert starts(lengths[:64]) == list(MEMBERS)
+    assert starts(lengths[:500]) == ["document_aware", ZIGZAG]
+    assert starts(lengths) == ["document_aware"]
 
 
 def test_auto_prefers_balance_to_waiting_for_the_rank_with_the_long_document():
@@ -127,34 +158,64 @@ def test_the_balance_weighs_all_layers():
     assert full.imbalance <= 1.05 and pairs.max() / pairs.mean() > 1.1
 
 
+@pytest.mark.parametrize("layers", [{None: 1}, {None: 2, 64: 3}], ids=str)
+def test_trading_evens_out_work_and_leaves_every_rank_its_number_of_rows(layers):
+    p = Problem(np.array([1000, 1000]), 2, layers)
+    # Rank 0 has the second halves of both documents, where rows see most keys.
+    ranks = Ranks(p, np.array([[0, 0, 500, 1000], [0, 1, 500, 1000], [1, 0, 0, 500], [1, 1, 0, 500]]))
+    most = p.share * 105 // 100
+    assert max(ranks.work) > 1.4 * p.share
+    trade(ranks, most, 4)
+    runs = ranks.array()
+    work = p.upto(runs[:, 3]) - p.upto(runs[:, 2])
+    for rank in (0, 1):
+        mine = runs[:, 0] == rank
+        assert (runs[mine, 3] - runs[mine, 2]).sum() == 1000
+        assert work[mine].sum() == ranks.work[rank] <= most
+    assert work.sum() == p.work.sum()
+
+
 def test_documents_that_fit_are_not_cut():
     plan = sap_hf.plan(lengths=[50] * 12, cp_size=4, layout="balanced")
     assert plan.rows_moved.sum() == 0 and plan.imbalance == 1.0
 
 
-# Rows moved as a share of an all-gather, at most, on 4, 8 and 16 ranks of 8192 rows: mean over 20 packs. Wanted are
-# 12 % of magi on 16 ranks too; these packs move 12.04 %.
+# Rows moved as a share of an all-gather, at most, on RANKS of 8192 rows each: mean over 20 packs.
 TARGETS = {
-    "magi": (0.12, 0.12, 0.1225),
-    "megatron": (0.13, 0.05, 0.025),
-    "chatqa2": (0.68, 0.45, 0.22),
-    "short": (0.02, 0.01, 0.006),
-    "one": (0.75, 0.75, 0.75),
+    "magi": (0.12, 0.12, 0.12, 0.15, 0.16),
+    "megatron": (0.13, 0.05, 0.025, 0.012, 0.006),
+    "chatqa2": (0.68, 0.45, 0.22, 0.11, 0.055),
+    "short": (0.02, 0.01, 0.006, 0.002, 0.001),
+    "one": (0.75, 0.75, 0.75, 0.75, 0.75),
 }
 
 
-@pytest.mark.parametrize("scale", range(3), ids=lambda scale: f"W{4 << scale}")
+@pytest.mark.parametrize("scale", range(5), ids=lambda scale: f"W{RANKS[scale]}")
 @pytest.mark.parametrize("name", TARGETS)
 def test_work_is_even_and_little_moves(name, scale):
-    cp_size = 4 << scale
-    moved, imbalance = [], []
-    for seed in range(1 if name == "one" else 20):
-        lengths = workloads.pack(name, cp_size * 8192, np.random.default_rng(seed))
-        plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, strategy="sap", layout="balanced")
-        moved.append(share(plan))
-        imbalance.append(plan.imbalance)
-    assert np.mean(imbalance) <= 1.05 and max(imbalance) <= 1.10
-    assert np.mean(moved) <= TARGETS[name][scale]
+    (placed,) = placement_table([name], [RANKS[scale]])
+    assert placed.mean_imbalance <= placed.max_imbalance <= 1.05
+    assert placed.bound <= placed.moved <= TARGETS[name][scale]
+    assert placed.contiguous_imbalance > placed.max_imbalance
+
+
+def test_a_row_of_the_placement_table_is_the_mean_over_its_packs():
+    (placed,) = placement_table(["magi"], [4], packs=2)
+    plans = [
+        sap_hf.plan(
+            workloads.pack("magi", placed.rows, np.random.default_rng(seed)),
+            cp_size=4,
+            strategy="sap",
+            layout=layout,
+        )
+        for layout in ("balanced", "contiguous")
+        for seed in (0, 1)
+    ]
+    assert placed.rows == 4 * 8192 and placed.packs == 2
+    assert placed.max_imbalance == max(plan.imbalance for plan in plans[:2])
+    assert placed.moved == pytest.approx(np.mean([share(plan) for plan in plans[:2]]))
+    assert placed.contiguous_moved == pytest.approx(np.mean([share(plan) for plan in plans[2:]]))
+    assert placed.contiguous_imbalance == pytest.approx(np.mean([plan.imbalance for plan in plans[2:]]))
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
@@ -162,3 +223,16 @@ def test_adversarial_packs_are_even_too(name):
     for cp_size in (4, 8, 16):
         lengths = workloads.pack(name, cp_size * 512, np.random.default_rng(0))
         assert sap_hf.plan(lengths=lengths, cp_size=cp_size, layout="balanced").imbalance <= 1.10
+
+
+@pytest.mark.parametrize(("cp_size", "documents", "limit"), [(8, 70, 0.2), (64, 900, 0.8)])
+def test_a_plan_takes_a_part_of_a_million_rounds_of_an_empty_loop(cp_size, documents, limit):
+    def loop():
+        for _ in range(1_000_000):
+            pass
+
+    lengths = workloads.pack("short", documents * 1024, np.random.default_rng(0))[:documents]
+    plan = functools.partial(sap_hf.plan, lengths, cp_size=cp_size)
+    loops, plans = zip(*[(timeit.timeit(loop, number=1), timeit.timeit(plan, number=1)) for _ in range(15)])
+    # Twice the aim, for other processes that take turns with this one; benchmarks/planning.py prints the figures.
+    assert min(plans) <= 2 * limit * min(loops)
