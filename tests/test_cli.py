@@ -288,3 +288,13 @@ def test_heads_that_are_not_two_numbers_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["plan", *LENGTHS, "--heads", "32"])
     assert "'32' is not QUERY:KV, as in 32:8" in capsys.readouterr().err
+
+
+def test_simulate_prints_placements_and_writes_the_committed_predictions(capsys, tmp_path):
+    written = tmp_path / "predicted.json"
+    assert main(["simulate", "--placement", "--predict", str(written)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 5 * 5
+    assert lines[-1].split() == ["one", "64", "524288", "1.000", "1.000", "75.00%", "1.98", "50.00%"]
+    committed = Path(__file__).parent.parent / "benchmarks" / "predictions" / "h100x8.json"
+    assert json.loads(written.read_text()) == json.loads(committed.read_text())
