@@ -86,7 +86,12 @@ def test_unwritten_memory_is_nan_when_poisoned():
 
 def test_a_script_runs_under_torchrun(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("import os, sys; print('rank', os.environ['RANK'], sys.argv[1:]); sys.exit(3)")
+    # One write per rank: print() would make several, and the ranks' could mix.
+    script.write_text(
+        "import os, sys\n"
+        "os.write(1, f\"rank {os.environ['RANK']} {sys.argv[1:]}\\n\".encode())\n"
+        "sys.exit(3)\n"
+    )
     done = run_script(script, 2, "--flag")
     assert "rank 0 ['--flag']" in done.output and "rank 1 ['--flag']" in done.output
     assert done.code != 0
