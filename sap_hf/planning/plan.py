@@ -264,7 +264,10 @@ class Plan:
 
     @functools.cached_property
     def peak_bytes(self) -> int:
-        """Bytes that attention holds beside q, k, v and out on the busiest rank at its peak, a kernel's own apart."""
+        """Bytes that attention holds beside q, k, v and out on the busiest rank at its peak.
+
+        What a kernel allocates for itself, and q, k and v of exchanged heads, come on top.
+        """
         from sap_hf.planning.compile import compile_program
         from sap_hf.planning.memory import peak_bytes
 
