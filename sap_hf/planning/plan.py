@@ -80,13 +80,13 @@ class Plan:
         group, inside = divmod(rank, self.ulysses_size)
         return self.placement.rows(group)[inside * self.rows_per_rank :][: self.rows_per_rank]
 
-    @property
+    @functools.cached_property
     def outer_shape(self) -> cost.Shape:
         """The layer as the busiest rank computes it, once heads are exchanged."""
         shapes = rank_shapes(self.shape, self.ulysses_size)
         return max(shapes, key=lambda shape: (shape.num_heads, shape.num_kv_heads))
 
-    @property
+    @functools.cached_property
     def outer_hardware(self) -> Hardware:
         """The machine as `placement` sees it: each of its ranks is one of the U that hold its rows."""
         ranks = max(1, self.hardware.ranks_per_node // self.ulysses_size)
