@@ -275,12 +275,13 @@ def lay_out(documents: Documents, p: Problem, runs: Int64, start: str) -> Layout
     name = np.empty(cp_size, np.int64)
     name[np.argsort(longest, kind="stable")] = np.arange(cp_size)
     rank, first = name[runs[:, 0]], documents.cu_seqlens[runs[:, 1]]
-    segments = np.stack([rank, first + runs[:, 2], first + runs[:, 3]], axis=1)
+    # What reads rows of other ranks comes last, so that its queries lie together, and so do all others.
+    segments = np.stack([rank, runs[:, 2] > 0, first + runs[:, 2], first + runs[:, 3]], axis=1)
     missing = share - sum_by(rank, runs[:, 3] - runs[:, 2], cp_size)
     stop = documents.rows + np.cumsum(missing)
-    padding = np.stack([np.arange(cp_size), stop - missing, stop], axis=1)
+    padding = np.stack([np.arange(cp_size), np.ones_like(stop), stop - missing, stop], axis=1)
     segments = np.concatenate([segments, padding[missing > 0]])
-    segments = segments[np.lexsort((segments[:, 1], segments[:, 0]))]
+    segments = segments[np.lexsort((segments[:, 2], segments[:, 1], segments[:, 0]))][:, [0, 2, 3]]
     new = np.ones(len(segments), bool)
     new[1:] = (segments[1:, 0] != segments[:-1, 0]) | (segments[1:, 1] != segments[:-1, 2])
     last = np.append(np.flatnonzero(new)[1:] - 1, len(segments) - 1)

@@ -81,17 +81,22 @@ def _compile(plan: Plan, rank: int, window: Window) -> Program:
         calls.extend(made)
         return list(range(len(calls) - len(made), len(calls)))
 
+    own = held[np.argsort(held[:, 0], kind="stable")]
     local = np.concatenate([NO_TILES, *(step.tiles for step in schedule.steps if not len(step.transfers))])
-    local = local[local[:, RANK] == rank]
-    own_calls = add(local, held)
-    early, late = _halves(local, schedule.window) if stages else (NO_TILES, local)
-    halves = (add(early, held), add(late, held)) if len(early) else ([], own_calls)
+    local = _in_order(local[local[:, RANK] == rank], own)
+    own_calls = add(local, own)
     remote = []
     for step in stages:
         at = base[len(exchanges) % slots]
         exchange, arrived = _exchange(step, rank, plan, local_of, own_start, at)
         exchanges.append(exchange)
-        remote.append(add(step.tiles, np.concatenate([held, arrived])))
+        held = np.concatenate([held if schedule.whole else own, arrived])
+        remote.append(add(step.tiles, held))
+    halves = (own_calls, list[int]())
+    # With nothing to hide, half a call is only a call more.
+    if any(exchange.sends or exchange.receives for exchange in exchanges):
+        early, late = _halves(local, schedule.window)
+        halves = (add(early, own), add(late, own)) if len(early) else ([], own_calls)
     return Program(
         rank=rank,
         cp_size=plan.placement.cp_size,
@@ -102,8 +107,8 @@ def _compile(plan: Plan, rank: int, window: Window) -> Program:
         exchanges=tuple(exchanges),
         calls=tuple(calls),
         forward=_forward(own_calls, remote, slots),
-        backward=_backward(*halves, remote, slots),
-        backward_kept=_backward([], own_calls, remote, slots, fetch=False),
+        backward=_backward(*halves, remote, slots, schedule.whole),
+        backward_kept=_backward([], own_calls, remote, slots, schedule.whole, fetch=False),
     )
 
 
@@ -113,6 +118,12 @@ def _received(step: Step, rank: int, plan: Plan) -> int:
         return plan.placement.rows_per_rank * plan.placement.cp_size
     incoming = step.transfers[step.transfers[:, DESTINATION] == rank]
     return int((incoming[:, STOP] - incoming[:, START]).sum())
+
+
+def _in_order(tiles: Int64, held: Int64) -> Int64:
+    """Tiles in the order in which the rank holds their queries."""
+    piece = np.searchsorted(held[:, 0], tiles[:, Q_START], side="right") - 1
+    return tiles[np.argsort(held[piece, 2] + tiles[:, Q_START] - held[piece, 0], kind="stable")]
 
 
 def _halves(tiles: Int64, window: Window) -> tuple[Int64, Int64]:
@@ -233,7 +244,7 @@ def _calls(tiles: Int64, held: Int64, own_start: int) -> list[Call]:
             assert (chosen[:, K_STOP] == chosen[:, Q_STOP]).all(), (
                 "a causal tile's keys must end where its queries do"
             )
-            chosen = chosen[np.argsort(chosen[:, Q_START], kind="stable")]
+            chosen = _in_order(chosen, held)
         else:
             # Tiles that read the same keys become one segment: every K row is then read once per call.
             chosen = chosen[np.lexsort((chosen[:, Q_START], chosen[:, K_START]))]
@@ -264,19 +275,26 @@ def _forward(local: list[int], remote: list[list[int]], slots: int) -> tuple[Ope
 
 
 def _backward(
-    early: list[int], late: list[int], remote: list[list[int]], slots: int, fetch: bool = True
+    early: list[int], late: list[int], remote: list[list[int]], slots: int, whole: bool, fetch: bool = True
 ) -> tuple[Operation, ...]:
-    """The early local calls hide the fetch. Then the stages, so that dK/dV travel home while the late calls run."""
+    """The early local calls hide the fetch. Then the stages, so that dK/dV travel home while the late calls run.
+
+    Args:
+        whole: calls add to the gradients of earlier stages' rows: none goes home before the last stage's have run.
+    """
     order = [Operation("post", at) for at in range(min(slots, len(remote)))] if fetch else []
     order += [Operation("attend", call) for call in early]
     for at, calls in enumerate(remote):
         order += [Operation("wait", at)] if fetch else []
         order += [Operation("attend", call) for call in calls]
+        if whole:
+            continue
         # As with what is fetched, what goes home is held for so many stages at once.
         order += [Operation("wait_return", at - slots)] if at >= slots else []
         order.append(Operation("post_return", at))
         if fetch and at + slots < len(remote):
             order.append(Operation("post", at + slots))
+    order += [Operation("post_return", at) for at in range(len(remote))] if whole else []
     order += [Operation("attend", call) for call in late]
     order += [Operation("wait_return", at) for at in range(max(len(remote) - slots, 0), len(remote))]
     return tuple(order)

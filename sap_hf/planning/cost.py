@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.hardware import Hardware
 from sap_hf.planning.schedule import (
-    Q_START,
-    Q_STOP,
     RANK,
     Schedule,
     is_full,
@@ -57,6 +55,7 @@ class Seconds:
         forward, backward: kernels, and the copies around them.
         forward_exposed, backward_exposed: waiting for other ranks' rows.
         least: no more than forward and backward take, however many stages bring the same rows.
+        least_parts: the same where queries that are `whole` in this schedule would read their keys in parts.
     """
 
     forward: Float64
@@ -64,6 +63,7 @@ class Seconds:
     backward: Float64
     backward_exposed: Float64
     least: Float64
+    least_parts: Float64
 
     @property
     def total(self) -> Float64:
@@ -174,21 +174,14 @@ def gather_link_seconds(held: Int64, shape: Shape, hardware: Hardware) -> tuple[
 def kernel_seconds(pairs: Int64, rows: Int64, layers: int, shape: Shape, hardware: Hardware) -> Float64:
     """Seconds of kernels at least, forward and backward, for so many pairs of all layers and rows in each.
 
-    Every layer takes one call on a rank that holds rows, and one part of `out` for each row.
+    Every layer takes one call on a rank that holds rows.
     """
     flops = pairs * shape.flops_per_pair
-    around = (rows > 0) * hardware.call_seconds + _merge_seconds(rows, shape, hardware)
+    around = (rows > 0) * hardware.call_seconds
     computing: Float64 = flops / hardware.flops_per_s + flops * (
         BACKWARD_FLOPS / hardware.backward_flops_per_s
     )
     return computing + 2 * layers * around
-
-
-def _merge_seconds(rows: Int64, shape: Shape, hardware: Hardware) -> Float64:
-    """A part of `out` is read, and the sum is read and written, in float32; dq likewise in the backward."""
-    per_row = np.float64(3 * 4 * shape.num_heads * shape.head_dim / hardware.copy_bytes_per_s)
-    seconds: Float64 = rows * per_row
-    return seconds
 
 
 def _both_links(amount: Int64, hardware: Hardware) -> Float64:
@@ -214,53 +207,165 @@ def layer_seconds(
         wires: how its stages travel.
         keep: the backward has the remote K/V still and does not fetch it again.
     """
-    cp_size, stages = len(wires.link), len(wires.deliveries)
-    busy = _busy(schedule, cp_size, shape, hardware)
+    cp_size = len(wires.link)
+    held = tile_rows(schedule, cp_size)
+    busy = _busy(held, tile_pairs(schedule.tiles, schedule.window), shape, hardware, bool(schedule.stages))
     receives = np.array([len(step.transfers) > 0 for step in schedule.steps])
-    own, own_back = (sum(part[~receives], np.zeros(cp_size)) for part in busy)
-    work, work_back = (part[receives] for part in busy)
-    slots = schedule.slots or stages
+    # Local steps are the first row, whose rows travel nowhere.
+    staged, staged_back = (
+        np.concatenate([part[~receives].sum(axis=0)[None], part[receives]]) for part in busy
+    )
+    forward, backward = (part.sum(axis=0) for part in (staged, staged_back))
+    now, end = in_stages(
+        staged, staged_back, wires.there, wires.back, slots=schedule.slots, whole=schedule.whole, keep=keep
+    )
+    ways = wires.link, wires.link * (1 if keep else 2)
+    least = least_parts = sum(map(np.maximum, (forward, backward), ways), np.zeros(cp_size))
+    if schedule.whole:
+        least_parts = np.zeros(cp_size)
+        for taken, copied, parted, way in zip(
+            (forward, backward),
+            copied_bytes(held, shape, bool(schedule.stages)),
+            copied_bytes(held.in_parts(), shape, False),
+            ways,
+        ):
+            other = (parted - copied).sum(axis=0) / hardware.copy_bytes_per_s
+            least_parts = least_parts + np.maximum(taken + other, way)
+    return Seconds(forward, now - forward, backward, end - backward, least, least_parts)
 
-    now, arrival = own, np.zeros(cp_size)
+
+def in_stages(
+    busy: Float64,
+    busy_back: Float64,
+    there: Float64,
+    back: Float64,
+    *,
+    slots: int | None = None,
+    whole: bool = False,
+    keep: bool = False,
+) -> tuple[Float64, Float64]:
+    """(W,) seconds until each rank's forward, and backward, is done, as the program posts, waits and attends.
+
+    Args:
+        busy, busy_back: (1 + S, W) seconds of kernels and copies: of local tiles, then of each stage.
+        there, back: (S, W) seconds on the way, and home.
+        slots, whole: of the Schedule.
+    """
+    stages = len(there)
+    slots = slots or stages
+    now, arrival = busy[0], np.zeros_like(busy[0])
     done: list[Float64] = []
     for i in range(stages):
         # Rows of stage i go into the slot that stage i - slots has been computed from.
-        arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + wires.there[i]
-        now = np.maximum(now, arrival) + work[i]
+        arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + there[i]
+        now = np.maximum(now, arrival) + busy[i + 1]
         done.append(now)
-    forward = own + sum(work, np.zeros(cp_size))
-
     # Half of the local work hides the second fetch, the other half what travels home.
-    early = own_back / 2 if stages and not keep else np.zeros(cp_size)
-    back, arrival, done = early, np.zeros(cp_size), []
-    departure = sum(wires.there, np.zeros(cp_size)) if not keep and slots >= stages else np.zeros(cp_size)
+    early = busy_back[0] / 2 if stages and not keep else np.zeros_like(now)
+    end, arrival, done = early, np.zeros_like(now), []
+    departure = _total(there, len(now)) if not keep and slots >= stages else np.zeros_like(now)
     for i in range(stages):
         if not keep:
-            arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + wires.there[i]
-            back = np.maximum(back, arrival)
-        back = back + work_back[i]
-        done.append(back)
+            arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + there[i]
+            end = np.maximum(end, arrival)
+        end = end + busy_back[i + 1]
+        done.append(end)
         # One communicator carries one exchange after the other: what goes home waits for the fetches before it.
-        departure = np.maximum(np.maximum(departure, back), arrival) + wires.back[i]
-    backward = own_back + sum(work_back, np.zeros(cp_size))
-    end = np.maximum(back + own_back - early, departure)
-    least = np.maximum(forward, wires.link) + np.maximum(backward, wires.link * (1 if keep else 2))
-    return Seconds(forward, now - forward, backward, end - backward, least)
+        if not whole:
+            departure = np.maximum(np.maximum(departure, end), arrival) + back[i]
+    if whole:
+        # A later stage still adds to what an earlier one brought.
+        departure = np.maximum(np.maximum(departure, end), arrival) + _total(back, len(now))
+    return now, np.maximum(end + busy_back[0] - early, departure)
 
 
-def _busy(schedule: Schedule, cp_size: int, shape: Shape, hardware: Hardware) -> tuple[Float64, Float64]:
-    """(steps, W) seconds of each step's kernels and of merging what they give, forward and backward."""
-    steps = len(schedule.steps)
-    tiles, size = schedule.tiles, steps * cp_size
+def _total(rows: Float64, ranks: int) -> Float64:
+    """(W,) sum of (n, W), in order."""
+    return sum(rows, np.zeros(ranks))
+
+
+def _busy(
+    held: TileRows, pairs: Int64, shape: Shape, hardware: Hardware, travels: bool
+) -> tuple[Float64, Float64]:
+    """(steps, W) seconds of each step's kernels and of the copies around them, forward and backward."""
+    start = held.calls * hardware.call_seconds
+    flops = sum_by(held.at, pairs, held.calls.size).reshape(held.calls.shape) * shape.flops_per_pair
+    copied, copied_back = copied_bytes(held, shape, travels)
+    forward = flops / hardware.flops_per_s + start + copied / hardware.copy_bytes_per_s
+    backward = flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s)
+    return forward, backward + start + copied_back / hardware.copy_bytes_per_s
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TileRows:
+    """Rows that the kernel calls of each step read on each rank.
+
+    Attributes:
+        at: (m,) step * W + rank of each tile.
+        queries, keys: (3, steps, W) rows of q, and of K, in causal tiles that read their own rows alone, in causal
+            tiles that read rows before them as well, and in full tiles.
+        calls: (steps, W) int64; full tiles are one call of the kernel, causal ones another.
+    """
+
+    at: Int64
+    queries: Int64
+    keys: Int64
+    calls: Int64
+
+    def in_parts(self) -> TileRows:
+        """What is read at least when tiles that read rows before their own become a causal and a full one."""
+        own, long, full = self.queries
+        none = np.zeros_like(self.keys)
+        return dataclasses.replace(self, queries=np.stack([own + long, none[0], full + long]), keys=none)
+
+
+def tile_rows(schedule: Schedule, cp_size: int) -> TileRows:
+    """The rows of every tile, added up."""
+    tiles, steps = schedule.tiles, len(schedule.steps)
+    _, q_start, q_stop, k_start, k_stop = tiles.T
     at = np.repeat(np.arange(steps), [len(step.tiles) for step in schedule.steps]) * cp_size + tiles[:, RANK]
-    pairs = sum_by(at, tile_pairs(tiles, schedule.window), size)
-    rows = sum_by(at, tiles[:, Q_STOP] - tiles[:, Q_START], size)
-    # Full tiles are one call of the kernel, causal ones another.
-    calls = np.zeros((2, size), bool)
-    calls[is_full(tiles).astype(np.int64), at] = True
-    start = calls.sum(axis=0) * hardware.call_seconds
-    merge = _merge_seconds(rows, shape, hardware)
-    flops = pairs * shape.flops_per_pair
-    forward = flops / hardware.flops_per_s + start + merge
-    backward = flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s) + start + merge
-    return forward.reshape(steps, cp_size), backward.reshape(steps, cp_size)
+    size = steps * cp_size
+    kind = (is_full(tiles) * 2 + (~is_full(tiles) & (k_start < q_start))) * size + at
+    queries, keys = (
+        sum_by(kind, rows, 3 * size).reshape(3, steps, cp_size)
+        for rows in (q_stop - q_start, k_stop - k_start)
+    )
+    calls = (queries[:2].sum(axis=0) > 0).astype(np.int64) + (queries[2] > 0)
+    return TileRows(at, queries, keys, calls)
+
+
+def copied_bytes(held: TileRows, shape: Shape, travels: bool) -> tuple[Float64, Float64]:
+    """(steps, W) bytes that `runtime.attention` reads and writes around the kernels, forward and backward.
+
+    Runs of rows that lie together are views there. Here the local calls read such runs, others gather what they read.
+
+    Args:
+        travels: rows are received at all. A rank that computes alone copies nothing.
+    """
+    query, keys = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
+    wire, wide = shape.bytes_per_element, max(4, shape.bytes_per_element)
+    (own, long, full), (own_keys, long_keys, full_keys) = held.queries, held.keys
+    causal = own + long
+    # A rank with full tiles has several parts of one row: it merges them, the first is only widened. Others write a
+    # part to its rows, where there is more than one call.
+    merges = full.sum(axis=0) > 0
+    writes = ~merges & (held.calls.sum(axis=0) > 1)
+    copied = query * (
+        merges * (2 * (wide + wire) * causal + (8 * wide + 3 * wire) * full)
+        + writes * (2 * wire * own + 4 * wire * long)
+    )
+    # q, out and dout are gathered for all but the local causal calls; dq is written, or added to sums that are cast.
+    copied_back = query * (
+        merges * ((3 * wide + 2 * wire) * causal + 6 * wire * long + (2 * wide + 7 * wire) * full)
+        + writes * (2 * wire * own + 8 * wire * long)
+    )
+    if travels:
+        # K and V are put beside what is received, and sums of dK and dV cleared and cast. Rows that a call does not
+        # read as they lie are gathered, and their gradients widened and added one by one.
+        rows = np.zeros_like(causal)
+        rows[0] = causal.sum(axis=0)
+        gathered = long_keys + full_keys
+        copied = copied + keys * (2 * wire * rows + 2 * wire * gathered)
+        sums = (3 * wire + 2 * wide) * rows + (2 * wide + wire) * own_keys
+        copied_back = copied_back + keys * (sums + (3 * wire + 4 * wide) * gathered)
+    return copied.astype(np.float64), copied_back.astype(np.float64)

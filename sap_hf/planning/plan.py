@@ -21,7 +21,7 @@ from sap_hf.planning.layout import Layout, pairs_held, rows_held
 from sap_hf.planning.schedule import DESTINATION, START, STOP, Schedule, Step, sum_by
 
 Window = int | None
-Planner = Callable[[Documents, Layout, Window, int], Schedule]
+Planner = Callable[[Documents, Layout, Window, int, bool], Schedule]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,11 +32,12 @@ class Plan:
         documents: the pack.
         placement: who holds which rows; with ulysses_size U, a rank of it is U neighbouring ranks of the cp group.
         strategy: what "auto" chose, or what was asked for.
-        planner: (documents, layout, window, stages) -> Schedule.
+        planner: (documents, layout, window, stages, whole) -> Schedule.
         windows: {window: number of layers}; None is full attention.
         delivery: p2p | all_to_all | all_gather, how the transfers travel; auto: the fastest one, stage by stage.
         shape, hardware: what the modelled seconds and bytes are for.
         stages: parts in which remote rows arrive.
+        whole: every query is computed at once, when all its keys are there; all of them are held then.
         max_remote_rows: rows of other ranks that a rank holds at once; more stages keep to it. None: no limit.
         ulysses_size: U, neighbouring ranks that exchange heads: each computes a part of the heads, on all their rows.
     """
@@ -50,6 +51,7 @@ class Plan:
     shape: cost.Shape
     hardware: Hardware
     stages: int = 1
+    whole: bool = False
     max_remote_rows: int | None = None
     ulysses_size: int = 1
     _schedules: dict[Window, tuple[Schedule, cost.Wires]] = dataclasses.field(
@@ -106,14 +108,14 @@ class Plan:
 
     def _within_budget(self, window: Window) -> Schedule:
         """As many stages as asked for or, two of them held at a time, as `max_remote_rows` needs."""
-        made = self.planner(self.documents, self.placement, window, self.stages)
+        made = self.planner(self.documents, self.placement, window, self.stages, self.whole)
         limit, groups = self.max_remote_rows, self.placement.cp_size
         if limit is None or (received := _held(made, groups)) <= limit:
             return made
         # Parts are not always equal: a window layer receives what it needs of one document at once.
         for finer in (1, 2, 4, 16):
             stages = -(-received * finer // (limit // 2))
-            made = self.planner(self.documents, self.placement, window, max(stages, self.stages))
+            made = self.planner(self.documents, self.placement, window, max(stages, self.stages), False)
             made = dataclasses.replace(made, slots=min(2, made.stages))
             if _held(made, groups) <= limit:
                 return made
@@ -137,7 +139,7 @@ class Plan:
             Step(step.transfers, step.tiles, next(delivery)) if len(step.transfers) else step
             for step in made.steps
         )
-        return Schedule(made.window, steps, made.slots), wires
+        return dataclasses.replace(made, steps=steps), wires
 
     @property
     def deliveries(self) -> tuple[str, ...]:
@@ -254,13 +256,19 @@ class Plan:
         return float(self.layer_seconds.least.max())
 
     @property
-    def least_gathered_seconds(self) -> float:
-        """What the same placement takes at least when every row goes to every rank: messages cost nothing here."""
+    def least_parts_seconds(self) -> float:
+        """What the same placement takes at least, in however many stages, when keys are read in parts."""
+        return float(self.layer_seconds.least_parts.max())
+
+    @property
+    def gathers_faster(self) -> bool:
+        """Whether a collective could bring every row to every rank, and dK/dV home, in less time than the rows take."""
         held = rows_held(self.documents, self.placement)
         there, home = cost.gather_link_seconds(held, self.outer_shape, self.outer_hardware)
-        layers, of = sum(self.windows.values()), self.layer_seconds
-        there, back = layers * there, layers * (there + home)
-        return float((np.maximum(of.forward, there) + np.maximum(of.backward, back)).max())
+        taken = (self._schedules[self.schedule(window).window][1] for window in self.windows)
+        return any(
+            (there + home).max() < (wires.there.sum(axis=0) + wires.back.sum(axis=0)).max() for wires in taken
+        )
 
     @functools.cached_property
     def peak_bytes(self) -> int:
@@ -287,7 +295,7 @@ class Plan:
         state.update(self.placement.segments.astype("<i8").tobytes())
         for window in sorted(self.windows, key=lambda w: -1 if w is None else w):
             schedule = self.schedule(window)
-            state.update(f"window {window} slots {schedule.slots}".encode())
+            state.update(f"window {window} slots {schedule.slots} whole {schedule.whole}".encode())
             for step in schedule.steps:
                 state.update(step.delivery.encode())
                 state.update(step.transfers.astype("<i8").tobytes())

@@ -9,6 +9,7 @@ where received ones land (Exchange), which rows attend to which (Call), and in w
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import numpy as np
@@ -125,6 +126,39 @@ class Program:
     forward: tuple[Operation, ...]
     backward: tuple[Operation, ...]
     backward_kept: tuple[Operation, ...]
+
+    @functools.cached_property
+    def merges(self) -> bool:
+        """Whether parts of one query row come from several segments; else a row's only part is its out."""
+        return len(np.unique(self._queries)) < len(self._queries)
+
+    @functools.cached_property
+    def filled(self) -> bool:
+        """Whether every row that this rank holds is a query of some call; the others are padding."""
+        return bool(len(np.unique(self._queries)) == self.own.stop - self.own.start)
+
+    @property
+    def _queries(self) -> Int64:
+        calls = [self.calls[operation.at] for operation in self.forward if operation.kind == "attend"]
+        return np.concatenate([np.zeros(0, np.int64), *(call.q.index for call in calls)])
+
+    @functools.cached_property
+    def alone(self) -> bool:
+        """Whether one call has all that this rank holds, and nothing travels."""
+        if self.exchanges or len(self.calls) != 1 or self.merges:
+            return False
+        return self.filled and self.calls[0].q.start == 0
+
+    @property
+    def packed_rows(self) -> tuple[int, ...]:
+        """For each slot, the most rows that are packed for one exchange."""
+        return tuple(
+            max(
+                (0 if e.packed is None else len(e.packed) for e in self.exchanges[slot :: self.slots]),
+                default=0,
+            )
+            for slot in range(self.slots)
+        )
 
     @property
     def return_rows(self) -> tuple[tuple[int, int], ...]:

@@ -31,7 +31,7 @@ class Step:
         tiles: (m, 5) int64 columns rank, q_start, q_stop, k_start, k_stop, inside one document: on `rank`, query
             row q reads key row k iff k <= q and, with a window, q - k < window. Either all keys lie before the
             queries (a full tile) or both end at the same row (a causal tile). The keys are the rank's own rows and
-            those that this step's transfers bring.
+            those that this step's transfers bring, or, in a `whole` schedule, earlier ones'.
         delivery: how the transfers travel: p2p (a group of messages, one per run of rows), all_to_all (one uneven
             collective, rows packed per peer) or all_gather (every row to every rank).
     """
@@ -48,11 +48,13 @@ class Schedule:
     Attributes:
         window: keys that a query sees, itself included; None for all of its document.
         slots: stages whose received rows are held at once; stage i + slots overwrites stage i. None holds all.
+        whole: every query has one tile with all its keys, which earlier stages may have brought: all are held.
     """
 
     window: int | None
     steps: tuple[Step, ...]
     slots: int | None = None
+    whole: bool = False
 
     @property
     def stages(self) -> int:

@@ -24,6 +24,7 @@ from sap_hf.runtime.device_program import DeviceCall, DeviceProgram, load
 from sap_hf.runtime.exchange import collect, fetch, send_home
 from sap_hf.runtime.group import resolve, warm
 from sap_hf.runtime.heads import HeadExchange
+from sap_hf.runtime.parts import Parts, QuerySums
 
 # The answer is the same for every layer and batch; looking for installed kernels is not free.
 _pick = functools.cache(pick)
@@ -182,44 +183,37 @@ class _Attention(torch.autograd.Function):
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Layer, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """out (C, H, Dv) and lse (C, H) in the accumulation dtype, and the K/V buffer with what was received, if kept."""
-    loaded, width = layer.loaded, k.shape[-1]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    """out (C, H, Dv) and lse (C, H), and the K/V buffer with what was received, if kept."""
+    loaded, program, width = layer.loaded, layer.loaded.program, k.shape[-1]
+    if program.alone:
+        return *layer.kernel.forward(q, k, v, loaded.calls[0].segments, **layer.kernel_options), None
     row = k.shape[1] * (k.shape[2] + v.shape[2])
-    space = None if keep else arena(q, {k.dtype: loaded.program.buffer_rows * row})
-    buffer = _buffer(k, v, loaded.program, space)
-    out = torch.zeros(q.shape[0], q.shape[1], v.shape[-1], dtype=wide, device=q.device)
-    lse = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
+    space = arena(q, {k.dtype: (sum(program.packed_rows) + (0 if keep else program.buffer_rows)) * row})
+    buffer = _buffer(k, v, program, None if keep else space)
+    rooms = [space.take((rows, *buffer.shape[1:]), k.dtype) for rows in program.packed_rows]
+    parts = Parts(len(q), program)
     pending: dict[int, transport.Pending] = {}
-    first = True
-    for operation in loaded.program.forward:
+    for operation in program.forward:
+        at = operation.at
         if operation.kind == "post":
-            pending[operation.at] = fetch(buffer, loaded, operation.at, layer.group)
+            pending[at] = fetch(buffer, loaded, at, layer.group, rooms[at % program.slots])
         elif operation.kind == "wait":
-            pending.pop(operation.at).wait()
+            pending.pop(at).wait()
         else:
-            _attend(q, buffer, width, out, lse, loaded.calls[operation.at], layer, first)
-            first = False
-    return out, lse, buffer if keep else None
+            _attend(q, buffer, width, parts, loaded.calls[at], layer)
+    return *parts.all(q, v.shape[-1]), buffer if keep else None
 
 
 # What a call gathers and returns dies with the function: the next call must not find it alive.
 def _attend(
-    q: torch.Tensor,
-    buffer: torch.Tensor,
-    width: int,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    call: DeviceCall,
-    layer: Layer,
-    first: bool,
+    q: torch.Tensor, buffer: torch.Tensor, width: int, parts: Parts, call: DeviceCall, layer: Layer
 ) -> None:
-    """Merge one call into out and lse."""
+    """Run one call."""
     keys = call.k.take(buffer)
-    part_out, part_lse = layer.kernel.forward(
+    part = layer.kernel.forward(
         call.q.take(q), keys[..., :width], keys[..., width:], call.segments, **layer.kernel_options
     )
-    call.q.merge_into(out, lse, part_out, part_lse, first)
+    parts.add(call.q, *part)
 
 
 def _backward(
@@ -233,28 +227,35 @@ def _backward(
     layer: Layer,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv of this rank's own rows."""
-    loaded, width = layer.loaded, k.shape[-1]
-    program = loaded.program
+    loaded, program, width = layer.loaded, layer.loaded.program, k.shape[-1]
+    if program.alone:
+        segments = loaded.calls[0].segments
+        dq, dk, dv = layer.kernel.backward(dout, q, k, v, out, lse, segments, **layer.kernel_options)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     operations = program.backward if buffer is None else program.backward_kept
     row = k.shape[1] * (k.shape[2] + v.shape[2])
-    wire = sum(map(sum, program.return_rows)) + (program.buffer_rows if buffer is None else 0)
+    # Rows are packed where gradients come home later, unless the next stage is packed before they have.
+    packs = program.packed_rows if program.slots < len(program.exchanges) else ()
+    wire = sum(map(sum, program.return_rows)) + sum(packs) + (program.buffer_rows if buffer is None else 0)
     sizes = {k.dtype: wire * row}
     sizes[lse.dtype] = sizes.get(lse.dtype, 0) + program.buffer_rows * row
     space = arena(q, sizes)
     if buffer is None:
         buffer = _buffer(k, v, program, space)
+    shape = buffer.shape[1:]
     rooms = [
-        (space.take((leave, *buffer.shape[1:]), k.dtype), space.take((come, *buffer.shape[1:]), k.dtype))
+        (space.take((leave, *shape), k.dtype), space.take((come, *shape), k.dtype))
         for leave, come in program.return_rows
     ]
-    dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+    packing = [space.take((rows, *shape), k.dtype) for rows in packs] or [come for _, come in rooms]
     dkv = space.take(buffer.shape, lse.dtype).zero_()
+    sums = QuerySums(q, lse.dtype, program)
     pending: dict[int, transport.Pending] = {}
     home: dict[int, torch.Tensor] = {}
     for operation in operations:
         at = operation.at
         if operation.kind == "post":
-            pending[at] = fetch(buffer, loaded, at, layer.group)
+            pending[at] = fetch(buffer, loaded, at, layer.group, packing[at % program.slots])
         elif operation.kind == "wait":
             pending.pop(at).wait()
         elif operation.kind == "post_return":
@@ -263,10 +264,10 @@ def _backward(
             pending.pop(at).wait()
             collect(dkv, home.pop(at), loaded, at)
         else:
-            _attend_backward(dout, q, buffer, width, out, lse, dq, dkv, loaded.calls[at], layer)
+            _attend_backward(dout, q, buffer, width, out, lse, sums, dkv, loaded.calls[at], layer)
     # A copy: what lies in the arena belongs to the next layer.
     own = dkv[program.own]
-    return dq.to(q.dtype), own[..., :width].to(k.dtype, copy=True), own[..., width:].to(v.dtype, copy=True)
+    return sums.all(), own[..., :width].to(k.dtype, copy=True), own[..., width:].to(v.dtype, copy=True)
 
 
 def _attend_backward(
@@ -276,12 +277,12 @@ def _attend_backward(
     width: int,
     out: torch.Tensor,
     lse: torch.Tensor,
-    dq: torch.Tensor,
+    sums: QuerySums,
     dkv: torch.Tensor,
     call: DeviceCall,
     layer: Layer,
 ) -> None:
-    """Add one call's gradients to dq and dkv."""
+    """Add one call's gradients to those of q and to dkv."""
     keys, rows = call.k.take(buffer), call.q
     part_q, part_k, part_v = layer.kernel.backward(
         rows.take(dout),
@@ -293,7 +294,7 @@ def _attend_backward(
         call.segments,
         **layer.kernel_options,
     )
-    rows.add_to(dq, part_q)
+    sums.add(rows, part_q)
     call.k.add_to(dkv[..., :width], part_k)
     call.k.add_to(dkv[..., width:], part_v)
 

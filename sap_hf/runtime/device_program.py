@@ -37,22 +37,25 @@ class DeviceRows:
             piece = part if positions is None else part.index_select(0, positions)
             buffer.index_add_(0, rows, piece.to(buffer.dtype))
 
+    def put(self, buffer: torch.Tensor, part: torch.Tensor) -> None:
+        """Write part to the rows, none of which repeats."""
+        if isinstance(self.at, slice):
+            buffer[self.at] = part
+        else:
+            buffer.index_copy_(0, self.at, part.to(buffer.dtype))
+
+    def are_first(self, rows: int) -> bool:
+        """Whether these are the first `rows` rows, in order."""
+        return self.at == slice(0, rows) if isinstance(self.at, slice) else False
+
     def merge_into(
         self,
         out: torch.Tensor,
         lse: torch.Tensor,
         part_out: torch.Tensor,
         part_lse: torch.Tensor,
-        first: bool = False,
     ) -> None:
-        """Merge partial attentions of the rows into out and lse, in place.
-
-        Args:
-            first: no row has an out yet: there is nothing to merge with.
-        """
-        if first and not self.rounds:
-            out[self.at], lse[self.at] = part_out, part_lse
-            return
+        """Merge partial attentions of the rows into out and lse, in place."""
         if not self.rounds:
             merge_into(out, lse, self.at, part_out, part_lse)
             return

@@ -16,9 +16,17 @@ from sap_hf.runtime.device_program import DeviceProgram
 
 
 def fetch(
-    buffer: torch.Tensor, loaded: DeviceProgram, at: int, group: dist.ProcessGroup | None
+    buffer: torch.Tensor,
+    loaded: DeviceProgram,
+    at: int,
+    group: dist.ProcessGroup | None,
+    room: torch.Tensor,
 ) -> transport.Pending:
-    """Start receiving the rows of exchange `at` into the buffer (rows, K, D + Dv)."""
+    """Start receiving the rows of exchange `at` into the buffer (rows, K, D + Dv).
+
+    Args:
+        room: where rows are packed that do not leave as they lie, in use until the exchange is over.
+    """
     exchange, index = loaded.program.exchanges[at], loaded.packed[at]
     assert group is not None, "an exchange needs a process group"
     if exchange.delivery == "all_gather":
@@ -30,7 +38,7 @@ def fetch(
             group,
         )
     return transport.current().post_all_to_all(
-        buffer.index_select(0, index),
+        torch.index_select(buffer, 0, index, out=room[: len(index)]),
         buffer[_span(exchange.receives)],
         _rows_per_peer(exchange.sends, loaded),
         _rows_per_peer(exchange.receives, loaded),

@@ -118,7 +118,7 @@ def contiguous_needed(
 ) -> Load:
     """Neighbouring rows stay together; only rows that are read travel (as in NeMo Automodel). By our executor."""
     layout = contiguous(documents.rows, ranks)
-    return executed(sap(documents, layout), ranks, layout.rows_per_rank, shape, node, kernel)
+    return executed(sap(documents, layout, whole=True), ranks, shape, node, kernel)
 
 
 def heap_of_chunks(documents: Documents, ranks: int, rows: int = MAGI_CHUNK) -> Layout:

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from sap_hf.planning.cost import Float64, Shape
+from sap_hf.planning.cost import Float64, Shape, copied_bytes, tile_rows
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.heads import head_bytes
 from sap_hf.planning.plan import Plan
@@ -66,7 +66,17 @@ def load(
                     wires[way, :, i] += _wire(step, ranks, shape.bytes_per_row, node, way == 1, group_cast)
     there, back = Wire(*wires[0]), Wire(*wires[1])
     return Load(
-        shape, work, rows, calls, blocks, there, back, kernel, slots=schedule.slots, group_cast=group_cast
+        shape,
+        work,
+        rows,
+        calls,
+        blocks,
+        there,
+        back,
+        kernel,
+        slots=schedule.slots,
+        whole=schedule.whole,
+        group_cast=group_cast,
     )
 
 
@@ -74,7 +84,7 @@ def planned(plan: Plan) -> Load:
     """A Plan's layers with full attention; with ulysses_size U, on all U ranks that share what they hold."""
     groups, size = plan.placement.cp_size, plan.ulysses_size
     node = plan.outer_hardware.ranks_per_node
-    made = executed(plan.schedule(None), groups, plan.placement.rows_per_rank, plan.outer_shape, node)
+    made = executed(plan.schedule(None), groups, plan.outer_shape, node)
     if size == 1:
         return made
     inside = np.arange(size) // plan.hardware.ranks_per_node
@@ -99,33 +109,17 @@ def planned(plan: Plan) -> Load:
     )
 
 
-def executed(
-    schedule: Schedule, ranks: int, rows_per_rank: int, shape: Shape, node: int, kernel: Kernel = FA3
-) -> Load:
-    """`load` with everything that `runtime.attention` copies around the kernels.
-
-    Runs of rows that lie together are views there; here every call on full tiles gathers its rows.
-    """
+def executed(schedule: Schedule, ranks: int, shape: Shape, node: int, kernel: Kernel = FA3) -> Load:
+    """`load` with everything that `runtime.attention` copies around the kernels."""
     made = load(schedule, ranks, shape, node, kernel)
-    # (2, S, W): rows of q and of K and V in causal tiles, which the first call has, and in all others.
-    causal, full = np.zeros((2, *made.rows.shape)), np.zeros((2, *made.rows.shape))
-    stage = 0
-    for step in schedule.steps:
-        stage += len(step.transfers) > 0
-        tiles, other = step.tiles, is_full(step.tiles)
-        q, k = tiles[:, Q_STOP] - tiles[:, Q_START], tiles[:, K_STOP] - tiles[:, K_START]
-        for kind, chosen in ((causal, ~other), (full, other)):
-            for way, rows in enumerate((q, k)):
-                np.add.at(kind[way, stage], tiles[chosen, RANK], rows[chosen])
-    q_elements, kv_elements = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
-    own = np.zeros_like(made.rows)
-    own[0] = rows_per_rank
-    # Bytes per element. float32 out is cleared and in the end cast, and the first part is written to it; for others
-    # q is gathered, and the part merged into rows of out that are gathered and put back. K, V: buffered, and gathered.
-    copied = q_elements * (10 * own + 6 * causal[0] + 38 * full[0]) + kv_elements * (4 * own + 4 * full[1])
-    # q, out and dout are gathered; dq, dk and dv are added to float32 sums that were cleared and are cast.
-    copied_back = q_elements * (10 * own + 10 * causal[0] + 22 * full[0])
-    copied_back += kv_elements * (14 * own + 10 * causal[1] + 18 * full[1])
+    receives = np.array([len(step.transfers) > 0 for step in schedule.steps])
+    # Local steps are stage 0 here.
+    stage = np.cumsum(receives)
+    copied, copied_back = np.zeros((2, *made.rows.shape))
+    for of, per_step in zip(
+        (copied, copied_back), copied_bytes(tile_rows(schedule, ranks), shape, bool(receives.any()))
+    ):
+        np.add.at(of, stage, per_step)
     return dataclasses.replace(made, merged=False, copied=copied, copied_back=copied_back)
 
 

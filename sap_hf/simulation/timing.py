@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sap_hf.planning.cost import BACKWARD_FLOPS, Float64, Shape
+from sap_hf.planning.cost import BACKWARD_FLOPS, Float64, Shape, in_stages
 from sap_hf.planning.hardware import Hardware
 
 
@@ -157,7 +157,7 @@ class Load:
         pace: own (a rank waits for its rows alone, next rows travel meanwhile) | lockstep (a stage ends when the
             slowest rank's kernels and wire do) | blocking (rows travel first, then kernels run).
         merged: the kernel's caller merges parts; where it does not, `copied` holds what is done instead.
-        slots: stages whose rows are held at once.
+        slots, whole: of the Schedule.
         heads: the exchanges of heads around the layer, one after the other, the same in the backward.
         copied, copied_back: (S, W) bytes that PyTorch reads and writes beside the kernels.
         group_cast: the exchange is MagiAttention's own.
@@ -174,6 +174,7 @@ class Load:
     pace: str = "own"
     merged: bool = True
     slots: int | None = None
+    whole: bool = False
     heads: Wire | None = None
     copied: Float64 | float = 0.0
     copied_back: Float64 | float = 0.0
@@ -232,13 +233,21 @@ class Load:
             busy, busy_back = busy + step, busy_back + step
         there, back = self.there.seconds(hardware, reached), self.back.seconds(hardware, reached)
         taken = 0.0 if self.group_cast else machine.contention
-        forward, backward = _PACES[self.pace](busy, busy_back, there, back, self.slots, taken)
+        if self.pace == "own":
+            # Stage 0 is local; the next stage's rows travel beside a stage's kernels.
+            ahead = np.concatenate([there[1:], np.zeros_like(there[:1])])
+            busy, busy_back = _beside(busy, ahead, taken), _beside(busy_back, ahead + back, taken)
+            forward, backward = in_stages(
+                busy, busy_back, there[1:], back[1:], slots=self.slots, whole=self.whole
+            )
+        else:
+            forward, backward = _PACES[self.pace](busy, busy_back, there, back, taken)
         heads = 0.0 if self.heads is None else self.heads.seconds(hardware).sum(axis=0)
         return forward + heads, backward + heads
 
 
 def _lockstep(
-    busy: Float64, busy_back: Float64, there: Float64, back: Float64, slots: int | None, taken: float
+    busy: Float64, busy_back: Float64, there: Float64, back: Float64, taken: float
 ) -> tuple[Float64, Float64]:
     """While a stage is computed the next one's rows travel; in the backward dK/dV travel beside them."""
     ahead = np.concatenate([there[1:], np.zeros_like(there[:1])])
@@ -255,7 +264,7 @@ def _beside(busy: Float64, wire: Float64, taken: float) -> Float64:
 
 
 def _blocking(
-    busy: Float64, busy_back: Float64, there: Float64, back: Float64, slots: int | None, taken: float
+    busy: Float64, busy_back: Float64, there: Float64, back: Float64, taken: float
 ) -> tuple[Float64, Float64]:
     """An exchange ends for all ranks at once."""
     arrived = there.max(axis=1).sum()
@@ -264,29 +273,4 @@ def _blocking(
     return forward, np.full_like(forward, home)
 
 
-def _own(
-    busy: Float64, busy_back: Float64, there: Float64, back: Float64, slots: int | None, taken: float
-) -> tuple[Float64, Float64]:
-    """As in `planning.cost.layer_seconds`; stage 0 is local."""
-    stages = len(busy)
-    slots = slots or stages
-    ahead = np.concatenate([there[1:], np.zeros_like(there[:1])])
-    busy, busy_back = _beside(busy, ahead, taken), _beside(busy_back, ahead + back, taken)
-    now, arrival = busy[0], np.zeros_like(busy[0])
-    done: list[Float64] = []
-    for i in range(1, stages):
-        arrival = (np.maximum(arrival, done[i - 1 - slots]) if i > slots else arrival) + there[i]
-        now = np.maximum(now, arrival) + busy[i]
-        done.append(now)
-    early = busy_back[0] / 2 if stages > 1 else np.zeros_like(now)
-    home, arrival, done = early, np.zeros_like(now), []
-    departure = there[1:].sum(axis=0) if slots >= stages - 1 else np.zeros_like(now)
-    for i in range(1, stages):
-        arrival = (np.maximum(arrival, done[i - 1 - slots]) if i > slots else arrival) + there[i]
-        home = np.maximum(home, arrival) + busy_back[i]
-        done.append(home)
-        departure = np.maximum(np.maximum(departure, home), arrival) + back[i]
-    return now, np.maximum(home + busy_back[0] - early, departure)
-
-
-_PACES = {"own": _own, "lockstep": _lockstep, "blocking": _blocking}
+_PACES = {"lockstep": _lockstep, "blocking": _blocking}

@@ -14,10 +14,13 @@ from sap_hf.planning.schedule import NO_TRANSFERS, Schedule, Step
 from sap_hf.strategies.sap import tiles
 
 
-def all_gather(documents: Documents, layout: Layout, window: int | None = None, stages: int = 1) -> Schedule:
+def all_gather(
+    documents: Documents, layout: Layout, window: int | None = None, stages: int = 1, whole: bool = False
+) -> Schedule:
     """Move every real row to every other rank, in one stage whatever `stages` says: a collective has no parts."""
-    local, remote, _, _ = tiles(documents, cut(documents, layout), window)
-    return Schedule(window, (Step(NO_TRANSFERS, local), Step(everything(documents, layout), remote)))
+    local, remote, _, _ = tiles(documents, cut(documents, layout), window, whole)
+    steps = (Step(NO_TRANSFERS, local), Step(everything(documents, layout), remote))
+    return Schedule(window, steps, whole=whole and window is None)
 
 
 def everything(documents: Documents, layout: Layout) -> Int64:

@@ -30,8 +30,9 @@ from sap_hf.strategies.sap import sap
 
 # A group of one rank has nothing to move: any planner would do for ulysses.
 PLANNERS: dict[str, Planner] = {"sap": sap, "all_gather": all_gather, "ring": ring, "ulysses": sap}
-# Stage counts that are weighed: more stages hide more of the way behind remote work, and start more messages.
-STAGES = (2, 4)
+# Stage counts that are weighed, with queries whole and with keys in parts: more stages hide more of the way behind
+# remote work, and start more messages. A whole query waits for its last row anyway.
+STAGES = {True: (2,), False: (2, 4)}
 # Waiting below this part of the work is not worth weighing stages for.
 WAITING = 0.01
 # What is passed over is slower than the best one by more than the rounding of either sum.
@@ -243,20 +244,30 @@ def degrees(cp_size: int, ulysses_size: int | str, strategy: str, delivery: str,
 
 
 def _variants(made: Plan, strategy: str, prune: bool, best: float) -> Iterator[Plan]:
-    """The plan and, where a rank waits for rows in it, the same placement in more stages and as an all-gather."""
-    yield made
-    if made.strategy != "sap" or made.seconds <= (1 + WAITING) * made.busy_seconds:
-        return
-    best = min(best, made.seconds) if prune else math.inf
-    if made.least_seconds <= best * SURE:
-        for stages in STAGES:
-            staged = dataclasses.replace(made, stages=stages)
-            best = min(best, staged.seconds) if prune else math.inf
-            yield staged
+    """The plan and, where a rank waits for rows in it, the same placement in more stages and as an all-gather.
+
+    First with every query whole, then with its keys in parts, of which the local ones hide the way of the others.
+    """
+    forms = [dataclasses.replace(made, whole=True)]
+    if made.strategy in ("sap", "all_gather") and None in made.windows:
+        forms.append(made)
     # Among groups nothing is gathered by a collective: it would be the same messages, and more of them.
     gathers = strategy == "auto" and made.max_remote_rows is None and made.ulysses_size == 1
-    if gathers and made.least_gathered_seconds <= best * SURE:
-        yield dataclasses.replace(made, strategy="all_gather", planner=all_gather)
+    for form in forms:
+        if form is made and prune and not gathers and forms[0].least_parts_seconds > best * SURE:
+            return
+        yield form
+        if form.seconds <= (1 + WAITING) * form.busy_seconds:
+            return
+        best = min(best, form.seconds)
+        if made.strategy == "sap" and not (prune and form.least_seconds > best * SURE):
+            for stages in STAGES[form.whole]:
+                staged = dataclasses.replace(form, stages=stages)
+                best = min(best, staged.seconds)
+                yield staged
+        gathers = gathers and form.gathers_faster
+        if gathers:
+            yield dataclasses.replace(form, strategy="all_gather", planner=all_gather)
 
 
 def placements(

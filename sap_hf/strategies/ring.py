@@ -14,8 +14,10 @@ from sap_hf.strategies.all_gather import all_gather, everything
 from sap_hf.strategies.sap import split, tiles
 
 
-def ring(documents: Documents, layout: Layout, window: int | None = None, stages: int = 1) -> Schedule:
-    """Move every real row to every other rank, nearer sources first; `stages` is always W - 1.
+def ring(
+    documents: Documents, layout: Layout, window: int | None = None, stages: int = 1, whole: bool = False
+) -> Schedule:
+    """Move every real row to every other rank, nearer sources first; `stages` is always W - 1, and nothing is `whole`.
 
     Under a window a query's keys may lie with several neighbours, and it reads them in one call: one stage then.
     """

@@ -25,23 +25,28 @@ from sap_hf.planning.schedule import (
 )
 
 
-def sap(documents: Documents, layout: Layout, window: int | None = None, stages: int = 1) -> Schedule:
+def sap(
+    documents: Documents, layout: Layout, window: int | None = None, stages: int = 1, whole: bool = False
+) -> Schedule:
     """Move the rows that are read, each once per reader.
 
     Args:
         stages: parts of about the same number of rows in which every reader receives: a part travels while the one
             before it is computed. Nearer sources come first, counted around the ring, so that senders take turns. Under
             a window all that a reader needs of one document comes in one part.
+        whole: compute a query at once, when all its keys are there, so that nothing is merged: only queries that read
+            no remote rows hide the way. A part is then what the reader's next queries need. Windows always do so.
     """
     pieces = cut(documents, layout)
-    local, remote, needed, group = tiles(documents, pieces, window)
+    local, remote, needed, group = tiles(documents, pieces, window, whole)
     if stages == 1 or not len(needed):
         steps = [Step(_send(pieces, needed)[0], remote)]
-    elif window is None:
+    elif window is None and not whole:
         steps = _stages(_send(pieces, needed)[0], remote, layout.cp_size, stages)
     else:
-        steps = _window_stages(pieces, remote, needed, group, layout.cp_size, stages)
-    return Schedule(window, (Step(NO_TRANSFERS, local), *(step for step in steps if len(step.transfers))))
+        steps = _grouped(pieces, remote, needed, group, layout.cp_size, stages)
+    steps = [step for step in steps if len(step.transfers)]
+    return Schedule(window, (Step(NO_TRANSFERS, local), *steps), whole=whole and window is None)
 
 
 def _stages(transfers: Int64, remote: Int64, cp_size: int, stages: int) -> list[Step]:
@@ -91,7 +96,7 @@ def split(sent: Int64, stage: Int64, remote: Int64, stages: int) -> list[Step]:
     return [Step(sent[stage == i], tiles[of_tile == i]) for i in range(stages)]
 
 
-def _window_stages(
+def _grouped(
     pieces: Pieces, remote: Int64, needed: Int64, group: tuple[Int64, Int64], cp_size: int, stages: int
 ) -> list[Step]:
     """Groups of tiles, in order, so that every reader receives in `stages` parts of about the same size."""
@@ -120,22 +125,23 @@ def _repeat(count: Int64) -> tuple[Int64, Int64]:
     return which, np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def tiles(
-    documents: Documents, pieces: Pieces, window: int | None
+    documents: Documents, pieces: Pieces, window: int | None, whole: bool = False
 ) -> tuple[Int64, Int64, Int64, tuple[Int64, Int64]]:
     """The tiles of every rank, and the row ranges that they need from others.
 
     Returns:
         local (m, 5): tiles that read only the rank's own rows. remote (n, 5): the others.
         needed (k, 3): columns rank, start, stop: ranges that the rank does not hold, disjoint per rank.
-        group (n,), (k,): the (rank, document) of each remote tile and needed range, numbered by rank.
+        group (n,), (k,): the (rank, document) of each remote tile and needed range, numbered by rank; of `whole` tiles
+            the last range that they read, and of a range itself.
     """
     # All pieces of one document on one rank, in row order, next to each other: pieces are in row order already.
     mine = pieces.select(np.argsort(pieces.rank, kind="stable"))
-    if window is None:
-        return _causal_tiles(documents, mine)
-    return _window_tiles(documents, mine, window)
+    if window is not None:
+        return _window_tiles(documents, mine, window)
+    return _whole_tiles(documents, mine) if whole else _causal_tiles(documents, mine)
 
 
 def _causal_tiles(documents: Documents, mine: Pieces) -> tuple[Int64, Int64, Int64, tuple[Int64, Int64]]:
@@ -150,6 +156,20 @@ def _causal_tiles(documents: Documents, mine: Pieces) -> tuple[Int64, Int64, Int
     remote = np.stack([*ranges, gap[k, 1], gap[k, 2]], axis=1)
     some = gap[:, 2] > gap[:, 1]
     return local, remote[some[k]], gap[some], (group[q][some[k]], group[some])
+
+
+def _whole_tiles(documents: Documents, mine: Pieces) -> tuple[Int64, Int64, Int64, tuple[Int64, Int64]]:
+    first, group = _groups(mine)
+    begin = documents.cu_seqlens[mine.document]
+    previous_stop = np.where(first, begin, np.roll(mine.stop, 1))
+    some = mine.start > previous_stop
+    needed = np.stack([mine.rank, previous_stop, mine.start], axis=1)[some]
+    made = np.stack([mine.rank, mine.start, mine.stop, begin, mine.stop], axis=1)
+    # Ranges that the pieces up to this one, and those before its group, need.
+    upto = np.cumsum(some)
+    before: Int64 = (upto - some)[first][group]
+    reads = upto > before
+    return made[~reads], made[reads], needed, (upto[reads] - 1, np.arange(len(needed)))
 
 
 def _window_tiles(

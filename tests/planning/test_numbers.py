@@ -1,5 +1,6 @@
 """What a plan says about itself: lower bounds, digest, text, and what auto chose."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -150,9 +151,13 @@ def test_a_plan_prints_as_readable_text():
 
 @given(packs, ranks, both)
 def test_peak_bytes_is_positive_and_grows_with_what_is_received(lengths, cp_size, names):
-    plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, strategy="sap", layout=names[1])
-    gathered = sap_hf.plan(lengths=lengths, cp_size=cp_size, strategy="all_gather", layout=names[1])
-    assert isinstance(plan.peak_bytes, int) and 0 < plan.peak_bytes <= gathered.peak_bytes
+    made = [
+        sap_hf.plan(lengths=lengths, cp_size=cp_size, strategy=name, layout=names[1])
+        for name in ("sap", "all_gather")
+    ]
+    for whole in (False, True):
+        plan, gathered = (dataclasses.replace(one, whole=whole) for one in made)
+        assert isinstance(plan.peak_bytes, int) and 0 < plan.peak_bytes <= gathered.peak_bytes
 
 
 REFUSED = [

@@ -125,7 +125,11 @@ def together(everyone, window, name):
 
 def hold(lengths, cp_size, window, stages=1, **options):
     plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, window=window, **options)
-    plan = dataclasses.replace(plan, stages=stages)
+    plans = [dataclasses.replace(plan, stages=stages, whole=whole) for whole in (True, False)]
+    return [hold_one(plan, lengths, window) for plan in plans][0]
+
+
+def hold_one(plan, lengths, window):
     right = oracles.mask(lengths, window).astype(np.int64)
     everyone = Ranks(plan, window)
     np.testing.assert_array_equal(together(everyone, window, "forward"), right)
@@ -247,7 +251,8 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_rows_that_it_would_nee
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stages_move_the_same_rows_in_equal_parts(layout, stages):
     plan = sap_hf.plan(lengths=[40, 3, 21], cp_size=4, strategy="sap", layout=layout)
-    parts = dataclasses.replace(plan, stages=stages)
+    wholes, parts = (dataclasses.replace(plan, stages=stages, whole=whole) for whole in (True, False))
+    np.testing.assert_array_equal(wholes.rows_moved, plan.rows_moved)
     np.testing.assert_array_equal(parts.rows_moved, plan.rows_moved)
     received = plan.rows_moved.sum(axis=0)
     for rank in range(4):

@@ -36,6 +36,7 @@ class Case:
     remote_kv: str = "refetch"
     delivery: str = "auto"
     stages: int = 1
+    whole: bool = True
     max_remote_rows: int | None = None
     ulysses_size: int = 1
     heads_first: bool = False
@@ -56,8 +57,8 @@ class Case:
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
         )
-        # How many stages there are, plan() decides by the model.
-        return dataclasses.replace(plan, stages=self.stages)
+        # How many stages there are, and whether keys are read in parts, plan() decides by the model.
+        return dataclasses.replace(plan, stages=self.stages, whole=self.whole)
 
 
 @dataclasses.dataclass

@@ -20,6 +20,7 @@ CASES = [
     for change in (
         {},
         {"delivery": "p2p", "stages": 3},
+        {"delivery": "p2p", "stages": 3, "whole": False},
         {"delivery": "all_to_all", "remote_kv": "keep"},
         {"delivery": "p2p", "max_remote_rows": 6},
         {"delivery": "all_to_all", "max_remote_rows": 4, "layout": "contiguous"},

@@ -57,6 +57,7 @@ def cases_of(combination):
             layout=layout,
             heads=heads,
             kv_heads=kv_heads,
+            whole=number // len(PACKS) % 2 == 0,
             seed=number,
             **FEATURES[number % len(FEATURES)],
         )
@@ -117,6 +118,7 @@ def cases_with(strategy, delivery, stages, max_remote_rows, remote_kv):
             remote_kv=remote_kv,
             delivery=delivery,
             stages=stages,
+            whole=whole,
             max_remote_rows=max_remote_rows,
             sinks=True,
             value_dim=6,
@@ -125,7 +127,8 @@ def cases_with(strategy, delivery, stages, max_remote_rows, remote_kv):
         )
         for layout in LAYOUTS
         for lengths in ((5, 3, 8, 1, 6), (24,), (2,), (7, 7, 7), (3, 14, 2, 9, 1, 1, 6, 12))
-        for window in (None, 3)
+        # Under a window every query is whole.
+        for window, whole in ((None, True), (None, False), (3, True))
     ]
 
 

@@ -189,7 +189,8 @@ def test_a_plan_takes_what_its_own_model_says_where_the_simulation_adds_nothing(
     plan = make_plan(documents, 8, strategy, "contiguous", {None: 1}, delivery, SHAPE, hardware, limit)
     plan = dataclasses.replace(plan, stages=stages)
     expected = plan.layer_seconds
-    forward, backward = load(plan.schedule(None), 8, SHAPE, NODE, EXACT).seconds(Machine(hardware))
+    machine = Machine(hardware, eager_bytes_per_s=hardware.copy_bytes_per_s)
+    forward, backward = executed(plan.schedule(None), 8, SHAPE, NODE, EXACT).seconds(machine)
     # The plan's model rounds bytes to whole ones.
     np.testing.assert_allclose(forward, expected.forward + expected.forward_exposed, rtol=1e-7)
     np.testing.assert_allclose(backward, expected.backward + expected.backward_exposed, rtol=1e-7)
@@ -206,9 +207,7 @@ def test_a_plan_that_exchanges_heads_computes_every_pair_once(size):
     assert (made.pairs() >= exact.pairs()).all()
     if size > 1:
         # All that leaves and all that arrives is copied once, there and back.
-        groups = executed(
-            plan.schedule(None), 8 // size, plan.placement.rows_per_rank, plan.outer_shape, NODE // size or 1
-        )
+        groups = executed(plan.schedule(None), 8 // size, plan.outer_shape, NODE // size or 1)
         around = made.copied[0] - groups.spread(size).copied[0]
         assert around.tolist() == pytest.approx(4 * (made.heads.inside + made.heads.outside).sum(axis=0))
     forward, backward = made.seconds(machine_of(FITTED))
