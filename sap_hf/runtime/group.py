@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import os
 import sys
 import weakref
 from typing import Any
@@ -110,6 +111,12 @@ def world() -> CpGroup:
     whole = dist.group.WORLD
     host = whole if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     return CpGroup(whole, host, host, dist.get_world_size(), dist.get_rank())
+
+
+def ranks_per_node() -> int | None:
+    """Processes of this run on this machine, as torchrun and accelerate say; None where no launcher did."""
+    given = os.environ.get("LOCAL_WORLD_SIZE")
+    return None if given is None else int(given)
 
 
 def from_first(group: CpGroup, value: object, problem: SapError | None) -> object:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import sap_hf
 from tests.hf import material, oracle
 from tests.hf.scenarios import Case, parity, shuffled
 from tests.hf.together import Together
@@ -108,6 +109,16 @@ ON_4_RANKS = {
     "cp-4": Case(cp_size=4, evaluates=True),
     "two-by-two": Case(cp_size=4, evaluates=True, options={"ulysses_size": 2, "layout": "balanced"}),
     "two-groups-ulysses": Case(**TWO_GROUPS, options={"ulysses_size": 2}),
+    # Trainer saves its arguments, and the mesh in them, with every checkpoint.
+    "two-by-two-plugin-saved": Case(
+        cp_size=4,
+        evaluates=True,
+        args={
+            "parallelism_config": sap_hf.SapPlugin(cp_size=4, ulysses_size=2),
+            "save_strategy": "steps",
+            "save_steps": 2,
+        },
+    ),
 }
 ON_8_RANKS = {
     "two-groups-two-by-two": Case(
