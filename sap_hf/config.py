@@ -49,6 +49,9 @@ class SapConfig:
     --calibrate` wrote; auto is cpu on CPUs, else h100."""
     check_batches: bool = True
     """Compare a hash of the batch over the cp group (24 bytes per rank, on a CPU side group) before every forward."""
+    profile: bool = False
+    """Log bytes that attention moved, seconds that it waited and what its plans cost beside every loss of a Trainer;
+    sap_hf/hf/profile.py says what each figure means."""
 
     def __post_init__(self) -> None:
         if self.cp_size is not None and (not isinstance(self.cp_size, int) or self.cp_size < 1):
@@ -61,8 +64,9 @@ class SapConfig:
                 f"strategy='ulysses' exchanges heads among all cp_size={self.cp_size} ranks, not among ulysses_size="
                 f"{self.ulysses_size}. Use ulysses_size='auto', or strategy='sap'."
             )
-        if not isinstance(self.check_batches, bool):
-            raise ConfigError(f"check_batches={self.check_batches!r} must be true or false.")
+        for name in ("check_batches", "profile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
         check_choice("strategy", self.strategy, STRATEGIES)
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("delivery", self.delivery, DELIVERIES)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -20,6 +23,8 @@ from sap_hf.cli import main
 from sap_hf.cli.picture import PIXELS, pairs_by_document
 from sap_hf.planning.hardware import PRESETS
 from sap_hf.planning.workloads import pack
+from sap_hf.simulation.report import PARTS
+from tests.dist import run_ranks
 
 LENGTHS = ["--lengths", "5,3,8", "--cp", "4"]
 # Ranks wait for rows here, so that every option changes what is planned.
@@ -47,7 +52,7 @@ def test_a_program_names_every_message_of_its_rank(capsys):
     assert main(["plan", *LENGTHS, "--layout", "contiguous", "--program", "3"]) == 0
     printed = capsys.readouterr().out
     assert "receive rows [4, 8) from rank 2" in printed
-    assert "forward:  post 0, attend 0, wait 0, attend 1" in printed
+    assert "forward:  post 0, wait 0, attend 0" in printed
 
 
 def test_a_workload_is_the_pack_of_its_generator(capsys):
@@ -298,3 +303,89 @@ def test_simulate_prints_placements_and_writes_the_committed_predictions(capsys,
     assert lines[-1].split() == ["one", "64", "524288", "1.000", "1.000", "75.00%", "1.98", "50.00%"]
     committed = Path(__file__).parent.parent / "benchmarks" / "predictions" / "h100x8.json"
     assert json.loads(written.read_text()) == json.loads(committed.read_text())
+
+
+def test_simulate_reports_on_the_ranks_packs_and_workload_that_are_asked_for(capsys):
+    asked = ["--packs", "1", "--ranks", "8", "--rows-per-rank", "512", "--workload", "short"]
+    assert main(["simulate", "--report", *asked]) == 0
+    printed = capsys.readouterr().out
+    headings = [line.removeprefix("== ") for line in printed.splitlines() if line.startswith("== ")]
+    assert headings == list(PARTS.values())
+    assert printed.count("8 ranks: time of each policy over ours") == printed.count(" ranks: time of") == 1
+    assert printed.count("8 ranks, 512 rows on each: seconds") == printed.count(" rows on each: seconds") == 1
+    assert main(["simulate", "--step", *asked]) == 0
+    alone = capsys.readouterr().out
+    assert alone.startswith("8 ranks, 512 rows") and alone in printed
+    assert main(["simulate", *asked]) == 0
+    assert capsys.readouterr().out in printed
+
+
+def test_a_step_is_that_of_eight_ranks_where_none_are_named(capsys):
+    assert main(["simulate", "--step", "--packs", "1", "--workload", "short"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("8 ranks, 8192 rows on each") and printed.count("rows on each:") == 1
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--ranks", text) for text in ("1", "8,x", "8,,16", "", "8;16", "-8", "8.5")]
+    + [("--packs", "0"), ("--rows-per-rank", "0"), ("--workload", "chort"), ("--hardware", "h1000")],
+)
+def test_simulate_refuses_what_it_cannot_simulate_before_it_prints(capsys, option, value):
+    assert main(["simulate", "--report", f"{option}={value}"]) == 2
+    found = capsys.readouterr()
+    assert found.out == "" and found.err.startswith("sap-hf: ") and value in found.err
+
+
+def bench_step(rank: int, world: int, arguments: list[str]) -> tuple[int, str]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = main(["bench", "step", *arguments])
+    return code, out.getvalue()
+
+
+def test_bench_step_prints_what_each_strategy_moved_and_took():
+    rows, width, layers = 2048, 64, 3
+    model = ["--heads", "1:1", "--head-dim", str(width), "--layers", str(layers)]
+    size = ["--rows", str(rows), "--steps", "2", "--workload", "short"]
+    names = "sap,ulysses,all_gather"
+    (code, printed), other = run_ranks(
+        bench_step, 2, [*model, *size, "--strategies", names], init=False, env={"LOCAL_WORLD_SIZE": "1"}
+    )
+    assert (code, other) == (0, (0, ""))
+    first, head, sap, ulysses, gathered = printed.splitlines()
+    assert (
+        first.startswith("2 ranks") and "3 layers with 1:1 heads of 64, packs of 2,048 rows (short)" in first
+    )
+    assert "at most 1 ranks" in ulysses
+    columns = re.split(r"  +", head)
+    found = {
+        line.split()[0]: dict(zip(columns, re.split(r"  +", line), strict=True)) for line in (sap, gathered)
+    }
+    # Every row of K and V, once there, once again, once home, in float32, to the one other rank on the other node.
+    megabytes = rows * 2 * width * 4 * 3 * layers / 1e6
+    assert found["all_gather"]["MB between"] == f"{megabytes:.2f}"
+    assert 0 <= float(found["sap"]["MB between"]) < megabytes
+    for row in found.values():
+        assert row["MB in node"] == "0.00"
+        milliseconds, tokens = float(row["step ms"]), float(row["tokens/s"].replace(",", ""))
+        assert 0 <= float(row["wait ms"]) < milliseconds
+        assert tokens * milliseconds / 1e3 == pytest.approx(rows, rel=0.01)
+        assert float(row["imbalance"]) >= 1 and float(row["plan ms"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "bench --calibrate FILE.yaml, or sap-hf bench step"),
+        (["step"], "torchrun --nproc-per-node N -m sap_hf.cli bench step"),
+        (["step", "--strategies", "sap,rng"], "Did you mean 'ring'?"),
+        (["step", "--workload", "chort"], "Did you mean 'short'?"),
+        (["step", "--heads", "3:2"], "multiple"),
+        (["step", "--steps", "0"], "at least 1"),
+    ],
+)
+def test_a_bench_that_cannot_be_is_refused(arguments, reason, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["bench", *arguments]) == 2
+    assert reason in capsys.readouterr().err

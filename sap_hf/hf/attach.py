@@ -18,6 +18,7 @@ from sap_hf.errors import ConfigError, LayoutError
 from sap_hf.hf import counting
 from sap_hf.hf.ahead import Ahead
 from sap_hf.hf.plugin import SapPlugin
+from sap_hf.hf.profile import Profile
 from sap_hf.hf.refuse import refuse_unsupported
 from sap_hf.models import Patch, patch_model, unpatch_model
 from sap_hf.models.families import attention_layers
@@ -36,6 +37,7 @@ class Attachment:
         self.group: CpGroup = plugin.group if plugin else ALONE
         self._before: list[tuple[Any, str, Any]] = []
         self.ahead = Ahead(self.group, config.check_batches)
+        self.profile: Profile | None = None
         self.patch = self._patch(trainer.model)
         self._give_losses_whole_batches(trainer)
         if self.group.size > 1:
@@ -46,6 +48,9 @@ class Attachment:
         self._replace(trainer, "train", self.ahead.train(trainer.train))
         self._replace(trainer, "get_batch_samples", self.ahead.get_batch_samples(trainer.get_batch_samples))
         self._replace(trainer, "_prepare_input", self.ahead.prepare_input(trainer._prepare_input))
+        if config.profile:
+            self._replace(trainer, "train", self._profiled_train(trainer))
+            self._replace(trainer, "log", self._profiled_log(trainer))
         if trainer.model_init is not None:
             self._replace(trainer, "call_model_init", self._call_model_init(trainer))
 
@@ -69,6 +74,8 @@ class Attachment:
     def _patch(self, model: Any) -> Patch:
         patch = patch_model(model, self.config, group=self.group)
         self.ahead.serve(patch.sharding)
+        if self.profile is not None:
+            self.profile.watch(patch.sharding)
         return patch
 
     def _count_once(self, trainer: Any) -> None:
@@ -132,6 +139,31 @@ class Attachment:
 
         return evaluation_loop
 
+    def _profiled_train(self, trainer: Any) -> Any:
+        original = trainer.train
+
+        @functools.wraps(original)
+        def train(*args: Any, **kwargs: Any) -> Any:
+            with Profile(self.patch, lambda: trainer.state.global_step) as self.profile:
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    self.profile = None
+
+        return train
+
+    def _profiled_log(self, trainer: Any) -> Any:
+        """Evaluations log too, and the end of training: the figures belong to the loss of training steps."""
+        original = trainer.log
+
+        @functools.wraps(original)
+        def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if self.profile is not None and "loss" in logs:
+                logs.update(self.profile.take())
+            original(logs, *args, **kwargs)
+
+        return log
+
     def _call_model_init(self, trainer: Any) -> Any:
         original = trainer.call_model_init
 
@@ -190,7 +222,7 @@ def attach(trainer: AnyTrainer, config: SapConfig | str | Path | None = None, **
         attach_group(ALONE)
     attachment = _attachments[trainer] = Attachment(any_trainer, resolved, plugin, before)
     if accelerator.is_main_process:
-        print(_report(any_trainer, attachment), flush=True)
+        print(_report(any_trainer, attachment, plugin), flush=True)
     return trainer
 
 
@@ -231,17 +263,16 @@ def _plugin(accelerator: Any, config: SapConfig) -> SapPlugin | None:
         return None
     plugin = SapPlugin(cp_size=config.cp_size, ulysses_size=config.ulysses_size)
     plugin.resolve(accelerator.num_processes, accelerator.distributed_type == "FSDP")
+    if config.strategy == "ulysses":
+        plugin.ulysses_size = plugin.cp_size
     return plugin
 
 
-def _report(trainer: Any, attachment: Attachment) -> str:
-    """Three lines: processes, tokens per optimizer step before and after, classes patched and how."""
+def _report(trainer: Any, attachment: Attachment, plugin: SapPlugin | None) -> str:
+    """Three lines: the mesh, tokens per optimizer step before and after, classes patched and how."""
     processes, size = trainer.accelerator.num_processes, attachment.group.size
-    data_parallel = processes // size
-    after = counting.tokens_per_step(trainer, data_parallel)
-    lines = [
-        f"sap_hf: {processes} process{'' if processes == 1 else 'es'} = {data_parallel} data-parallel x {size} cp"
-    ]
+    after = counting.tokens_per_step(trainer, processes // size)
+    lines = ["sap_hf: 1 process, every row on it" if plugin is None else f"sap_hf: {plugin}"]
     if size > 1:
         before = counting.tokens_per_step(trainer, processes)
         lines.append(

@@ -70,22 +70,27 @@ class Sdpa:
         kv_heads = k.shape[1]
         out = q.new_empty(q.shape[0], q.shape[1], value_dim)
         lse = q.new_empty(q.shape[0], q.shape[1])
+        # Views of everything, made once: a tile is a slice of each.
+        queries, whole_out = _queries(q, kv_heads), _queries(out, kv_heads)
+        whole_lse = _queries(lse.unsqueeze(-1), kv_heads).squeeze(-1)
+        keys, values = (_keys(x, q.shape[1]) for x in (k, v))
 
         for tile in _tiles(segments, window, q.dtype):
             out_KGnD, lse_KGn = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _queries(q[tile.rows], kv_heads),
-                *(_keys(x[tile.keys], q.shape[1]) for x in (k, v)),
+                queries[:, :, tile.rows],
+                keys[:, :, tile.keys],
+                values[:, :, tile.keys],
                 0.0,
                 tile.is_causal,
                 attn_mask=tile.mask,
                 scale=scale,
             )
-            part_out = _rows(out_KGnD)[..., :value_dim]
-            part_lse = lse_KGn.permute(2, 0, 1).flatten(1, 2)
+            part_out = out_KGnD[..., :value_dim]
             if tile.again:
-                merge_into(out, lse, tile.rows, part_out, part_lse)
+                part_lse = lse_KGn.permute(2, 0, 1).flatten(1, 2)
+                merge_into(out, lse, tile.rows, _rows(part_out), part_lse)
             else:
-                out[tile.rows], lse[tile.rows] = part_out, part_lse
+                whole_out[:, :, tile.rows], whole_lse[:, :, tile.rows] = part_out, lse_KGn
 
         return out, lse
 
@@ -109,22 +114,26 @@ class Sdpa:
         head_dim, value_dim, kv_heads = q.shape[2], v.shape[2], k.shape[1]
         dout, q, k, v, out = _same_width(dout, q, k, v, out)
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        of_rows = [_queries(x, kv_heads) for x in (dout, q, out, lse.unsqueeze(-1), dq)]
+        of_keys = [_keys(x, q.shape[1]) for x in (k, v)]
+        dk_KmD, dv_KmD = dk.transpose(0, 1), dv.transpose(0, 1)
 
         for tile in _tiles(segments, window, q.dtype):
+            douts, queries, outs, lses, dqs = (x[:, :, tile.rows] for x in of_rows)
             dq_KGnD, dk_KGmD, dv_KGmD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _queries(dout[tile.rows], kv_heads),
-                _queries(q[tile.rows], kv_heads),
-                *(_keys(x[tile.keys], q.shape[1]) for x in (k, v)),
-                _queries(out[tile.rows], kv_heads),
-                _queries(lse[tile.rows].unsqueeze(-1), kv_heads).squeeze(-1),
+                douts,
+                queries,
+                *(x[:, :, tile.keys] for x in of_keys),
+                outs,
+                lses.squeeze(-1),
                 0.0,
                 tile.is_causal,
                 attn_mask=tile.mask,
                 scale=scale,
             )
-            dq[tile.rows] += _rows(dq_KGnD)
-            dk[tile.keys] += dk_KGmD.sum(1).transpose(0, 1)
-            dv[tile.keys] += dv_KGmD.sum(1).transpose(0, 1)
+            dqs.add_(dq_KGnD)
+            dk_KmD[:, tile.keys].add_(dk_KGmD.sum(1))
+            dv_KmD[:, tile.keys].add_(dv_KGmD.sum(1))
 
         return dq[..., :head_dim], dk[..., :head_dim], dv[..., :value_dim]
 

@@ -118,9 +118,9 @@ def share_attention(
     """Attention of one layer over the ranks of the shard's group: (1, H, C, D) each -> (1, C, H, D)."""
     shard.seen.add(id(module))
     out = attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
         shard.plan,
         group=shard.group.device,
         softmax_scale=scaling,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ from sap_hf.planning import Documents, Plan
 from sap_hf.planning.cost import Shape
 from sap_hf.planning.hardware import PRESETS, Hardware, find_hardware
 from sap_hf.runtime.collectives import gather_rows, sum_over_ranks
-from sap_hf.runtime.group import CpGroup, agree, from_first
+from sap_hf.runtime.group import CpGroup, agree, from_first, ranks_per_node
 from sap_hf.strategies import make_plan
 from sap_hf.strategies.auto import degrees
 
@@ -249,8 +248,8 @@ def _hardware(name: str, group: CpGroup) -> Hardware:
         name = "h100" if torch.cuda.is_available() else "cpu"
     try:
         found = find_hardware(name)
-        if name in PRESETS and "LOCAL_WORLD_SIZE" in os.environ:
-            found = dataclasses.replace(found, ranks_per_node=int(os.environ["LOCAL_WORLD_SIZE"]))
+        if name in PRESETS and (node := ranks_per_node()) is not None:
+            found = dataclasses.replace(found, ranks_per_node=node)
     except SapError as error:
         problem = error
     first = from_first(group, found, problem)

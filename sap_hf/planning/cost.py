@@ -217,7 +217,14 @@ def layer_seconds(
     )
     forward, backward = (part.sum(axis=0) for part in (staged, staged_back))
     now, end = in_stages(
-        staged, staged_back, wires.there, wires.back, slots=schedule.slots, whole=schedule.whole, keep=keep
+        staged,
+        staged_back,
+        wires.there,
+        wires.back,
+        contention=hardware.contention,
+        slots=schedule.slots,
+        whole=schedule.whole,
+        keep=keep,
     )
     ways = wires.link, wires.link * (1 if keep else 2)
     least = least_parts = sum(map(np.maximum, (forward, backward), ways), np.zeros(cp_size))
@@ -240,6 +247,7 @@ def in_stages(
     there: Float64,
     back: Float64,
     *,
+    contention: float = 0.0,
     slots: int | None = None,
     whole: bool = False,
     keep: bool = False,
@@ -249,9 +257,15 @@ def in_stages(
     Args:
         busy, busy_back: (1 + S, W) seconds of kernels and copies: of local tiles, then of each stage.
         there, back: (S, W) seconds on the way, and home.
-        slots, whole: of the Schedule.
+        contention: of the Hardware. slots, whole: of the Schedule.
     """
     stages = len(there)
+    if contention and stages:
+        # The next stage's rows travel beside a stage's kernels; in the backward so does what goes home.
+        none = np.zeros_like(there[:1])
+        ahead, home = np.concatenate([there, none]), np.concatenate([none, back])
+        busy = beside(busy, ahead, contention)
+        busy_back = beside(busy_back, (0 if keep else 1) * ahead + home, contention)
     slots = slots or stages
     now, arrival = busy[0], np.zeros_like(busy[0])
     done: list[Float64] = []
@@ -277,6 +291,12 @@ def in_stages(
         # A later stage still adds to what an earlier one brought.
         departure = np.maximum(np.maximum(departure, end), arrival) + _total(back, len(now))
     return now, np.maximum(end + busy_back[0] - early, departure)
+
+
+def beside(busy: Float64, wire: Float64, contention: float) -> Float64:
+    """Seconds of kernels that have the whole chip only when the exchange that began with them is over."""
+    slowed: Float64 = np.minimum(busy + contention * wire, busy / (1 - contention))
+    return slowed
 
 
 def _total(rows: Float64, ranks: int) -> Float64:
@@ -337,7 +357,8 @@ def tile_rows(schedule: Schedule, cp_size: int) -> TileRows:
 def copied_bytes(held: TileRows, shape: Shape, travels: bool) -> tuple[Float64, Float64]:
     """(steps, W) bytes that `runtime.attention` reads and writes around the kernels, forward and backward.
 
-    Runs of rows that lie together are views there. Here the local calls read such runs, others gather what they read.
+    Runs of rows that lie together are views there. Here the queries of causal calls are such runs, as they are in the
+    layouts that keep documents together, and the keys of local ones.
 
     Args:
         travels: rows are received at all. A rank that computes alone copies nothing.
@@ -351,13 +372,11 @@ def copied_bytes(held: TileRows, shape: Shape, travels: bool) -> tuple[Float64, 
     merges = full.sum(axis=0) > 0
     writes = ~merges & (held.calls.sum(axis=0) > 1)
     copied = query * (
-        merges * (2 * (wide + wire) * causal + (8 * wide + 3 * wire) * full)
-        + writes * (2 * wire * own + 4 * wire * long)
+        merges * (2 * (wide + wire) * causal + (8 * wide + 3 * wire) * full) + writes * 2 * wire * causal
     )
-    # q, out and dout are gathered for all but the local causal calls; dq is written, or added to sums that are cast.
+    # dq is written, or added to sums that are cast; q, out and dout are gathered for full tiles.
     copied_back = query * (
-        merges * ((3 * wide + 2 * wire) * causal + 6 * wire * long + (2 * wide + 7 * wire) * full)
-        + writes * (2 * wire * own + 8 * wire * long)
+        merges * ((3 * wide + 2 * wire) * causal + (2 * wide + 7 * wire) * full) + writes * 2 * wire * causal
     )
     if travels:
         # K and V are put beside what is received, and sums of dK and dV cleared and cast. Rows that a call does not

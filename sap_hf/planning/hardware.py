@@ -1,4 +1,4 @@
-"""Hardware: a machine in ten numbers, by name, or from a file that `sap-hf bench --calibrate` wrote."""
+"""Hardware: a machine in a dozen numbers, by name, or from a file that `sap-hf bench --calibrate` wrote."""
 
 from __future__ import annotations
 
@@ -30,12 +30,20 @@ class Hardware:
     """Fixed cost of one message."""
     step_seconds: float
     """Fixed cost of starting a group of messages."""
+    contention: float
+    """Part of its speed that a kernel loses while an exchange is under way: NCCL computes on the same chip."""
     ranks_per_node: int
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if field.name == "contention":
+                if not number or not 0 <= value < 1:
+                    raise ConfigError(
+                        f"hardware {self.name}: contention={value!r} must be a number from 0, and below 1."
+                    )
+            elif not number or not value > 0:
                 raise ConfigError(
                     f"hardware {self.name}: {field.name}={value!r} must be a number greater than 0."
                 )
@@ -44,15 +52,16 @@ class Hardware:
 PRESETS = {
     hardware.name: hardware
     for hardware in (
+        # NCCL's part of the chip is what explains MagiAttention's published figures best (`sap-hf simulate --fit`).
         # 400 of 989 dense bf16 TFLOP/s reached by flash attention; NVLink 4 and one 400 Gbit/s NIC per GPU, less
         # overhead.
-        Hardware("h100", 4e14, 3.5e14, 2.5e12, 6e-6, 3e11, 4e10, 3e-6, 2e-5, 8),
+        Hardware("h100", 4e14, 3.5e14, 2.5e12, 6e-6, 3e11, 4e10, 3e-6, 2e-5, 0.2, 8),
         # 312 dense TFLOP/s; NVLink 3 and one 200 Gbit/s NIC per GPU.
-        Hardware("a100", 1.8e14, 1.6e14, 1.5e12, 6e-6, 2e11, 2e10, 3e-6, 2e-5, 8),
+        Hardware("a100", 1.8e14, 1.6e14, 1.5e12, 6e-6, 2e11, 2e10, 3e-6, 2e-5, 0.2, 8),
         # A box of PCIe 4.0 x16 cards without NVLink (L40S, A6000), one 100 Gbit/s NIC for all eight.
-        Hardware("pcie", 1.5e14, 1.2e14, 7e11, 6e-6, 1.6e10, 1.5e9, 1e-5, 3e-5, 8),
+        Hardware("pcie", 1.5e14, 1.2e14, 7e11, 6e-6, 1.6e10, 1.5e9, 1e-5, 3e-5, 0.2, 8),
         # gloo over loopback between single-core processes.
-        Hardware("cpu", 3e10, 2e10, 5e9, 3e-5, 1e9, 1e8, 1e-4, 2e-4, 64),
+        Hardware("cpu", 3e10, 2e10, 5e9, 3e-5, 1e9, 1e8, 1e-4, 2e-4, 0.2, 64),
     )
 }
 

@@ -94,7 +94,7 @@ def _cells(plan: Plan) -> tuple[str, ...]:
     return (
         f"{plan.layout} ({found['start']})" if found["start"] else plan.layout,
         method(plan),
-        str(found["stages"]),
+        f"{found['stages']}{' whole' if found['whole'] and found['stages'] else ''}",
         _runs(plan.deliveries),
         f"{plan.seconds * 1e3:.4g}",
         f"{plan.imbalance:.2f}",
@@ -117,6 +117,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "strategy": plan.strategy,
         "ulysses_size": plan.ulysses_size,
         "stages": len(plan.deliveries),
+        "whole": plan.widest.whole,
         "deliveries": list(plan.deliveries),
         "modelled_seconds": plan.seconds,
         "imbalance": plan.imbalance,

@@ -7,7 +7,6 @@ the slowest one counts.
 from __future__ import annotations
 
 import math
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from sap_hf.kernels import Segments, pick
 from sap_hf.planning.cost import BACKWARD_FLOPS, Shape
 from sap_hf.planning.hardware import Hardware
 from sap_hf.runtime import transport
+from sap_hf.runtime.group import ranks_per_node
 
 # A mean over this long: processes under a CPU quota run fast for a moment and then not at all.
 SECONDS = 1.0
@@ -53,10 +53,12 @@ def calibrate(name: str, shape: Shape, device: torch.device) -> Hardware:
         )
     per_node = _ranks_per_node()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    call, forward, backward = _kernel(shape, device, dtype)
+    call, forward, backward, compute = _kernel(shape, device, dtype)
     first, message = _messages(device)
     node = _bytes_per_s(1, per_node, device, first) if per_node > 1 else None
     network = _bytes_per_s(per_node, world, device, first) if world > per_node else None
+    # The furthest links are those that are worth hiding.
+    far = (per_node, world, network) if network is not None else (1, per_node, node or 0.0)
     return Hardware(
         name=name,
         flops_per_s=forward,
@@ -67,16 +69,17 @@ def calibrate(name: str, shape: Shape, device: torch.device) -> Hardware:
         network_bytes_per_s=network or node or 0.0,
         message_seconds=message,
         step_seconds=max(first - message, message),
+        contention=_contention(compute, *far, device),
         ranks_per_node=per_node,
     )
 
 
 def _ranks_per_node() -> int:
     """What the launcher says, or how many ranks follow each other on one host."""
-    given = os.environ.get("LOCAL_WORLD_SIZE")
-    hosts: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
+    given = ranks_per_node()
+    hosts: list[tuple[str, int | None]] = [("", None)] * dist.get_world_size()
     dist.all_gather_object(hosts, (socket.gethostname(), given))
-    sizes = {size for _, size in hosts} if given else {str(hosts.count(host)) for host in hosts}
+    sizes = {size for _, size in hosts} if given else {hosts.count(host) for host in hosts}
     if len(sizes) > 1 or not sizes:
         raise LayoutError(
             f"nodes have {', '.join(map(str, sorted(sizes, key=str)))} ranks: one number is needed."
@@ -102,8 +105,10 @@ def _mean_seconds(function: Callable[[], object], device: torch.device) -> float
     return run(min(max(math.ceil(SECONDS / run(3)), 3), 10_000))
 
 
-def _kernel(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Seconds to begin a call, and flop/s forward and backward, of one causal document."""
+def _kernel(
+    shape: Shape, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float, float, Callable[[], object]]:
+    """Seconds to begin a call, flop/s forward and backward of one causal document, and that forward."""
     kernel, _ = pick(
         "auto",
         device_type=device.type,
@@ -115,7 +120,7 @@ def _kernel(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[flo
     )
     options = {"scale": shape.head_dim**-0.5, "window": None, "softcap": None}
 
-    def seconds(rows: int) -> tuple[float, float]:
+    def seconds(rows: int) -> tuple[float, float, Callable[[], object]]:
         q, dout = (
             torch.randn(rows, shape.num_heads, shape.head_dim, device=device, dtype=dtype) for _ in range(2)
         )
@@ -126,19 +131,25 @@ def _kernel(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[flo
         segments = Segments.build((0, rows), (0, rows), causal=True, device=device)
         out, lse = kernel.forward(q, k, v, segments, **options)
         out = out.to(dtype)
+
+        def compute() -> object:
+            return kernel.forward(q, k, v, segments, **options)
+
         return (
-            _mean_seconds(lambda: kernel.forward(q, k, v, segments, **options), device),
+            _mean_seconds(compute, device),
             _mean_seconds(lambda: kernel.backward(dout, q, k, v, out, lse, segments, **options), device),
+            compute,
         )
 
     call = seconds(FEW_ROWS)[0]
     rows = 8 * FEW_ROWS
-    forward, backward = seconds(rows)
+    forward, backward, compute = seconds(rows)
     while forward < LONG and rows < MOST_ROWS:
         rows *= 2
-        forward, backward = seconds(rows)
+        forward, backward, compute = seconds(rows)
     flops = rows * (rows + 1) // 2 * shape.flops_per_pair
-    return call, flops / max(forward - call, 1e-9), flops * BACKWARD_FLOPS / max(backward - call, 1e-9)
+    backward_flops = flops * BACKWARD_FLOPS
+    return call, flops / max(forward - call, 1e-9), backward_flops / max(backward - call, 1e-9), compute
 
 
 def _copy_bytes_per_s(device: torch.device) -> float:
@@ -148,22 +159,44 @@ def _copy_bytes_per_s(device: torch.device) -> float:
     return 2 * rows.nbytes / _mean_seconds(lambda: rows.index_select(0, index), device)
 
 
-def _exchange(peer_distance: int, span: int, size: int, messages: int, device: torch.device) -> float:
-    """Seconds of one exchange in which every rank sends to the one `peer_distance` further within each `span`."""
+def _contention(
+    compute: Callable[[], object], peer_distance: int, span: int, rate: float, device: torch.device
+) -> float:
+    """Part of its speed that `compute` loses beside an exchange that takes half as long."""
+    alone = _mean_seconds(compute, device)
+    size = min(max(int(rate * alone / 2), SMALL_BYTES), MOST_BYTES)
+    exchange = _exchange(peer_distance, span, size, 1, device)
+    both = _exchange(peer_distance, span, size, 1, device, compute)
+    return min(max((both - max(alone, exchange)) / min(alone, exchange), 0.0), 0.9)
+
+
+def _exchange(
+    peer_distance: int,
+    span: int,
+    size: int,
+    messages: int,
+    device: torch.device,
+    beside: Callable[[], object] = lambda: None,
+) -> float:
+    """Seconds of one exchange in which every rank sends to the one `peer_distance` further within each `span`.
+
+    Args:
+        beside: what is computed while it is under way.
+    """
     rank, group = dist.get_rank(), dist.group.WORLD
     assert group is not None
     first = rank - rank % span
     there = first + (rank - first + peer_distance) % span
     here = first + (rank - first - peer_distance) % span
     leaving, coming = (torch.zeros(messages, size, dtype=torch.uint8, device=device) for _ in range(2))
-    return _mean_seconds(
-        lambda: (
-            transport.current()
-            .post([(there, part) for part in leaving], [(here, part) for part in coming], group)
-            .wait()
-        ),
-        device,
-    )
+
+    def exchange() -> None:
+        sends, receives = [(there, part) for part in leaving], [(here, part) for part in coming]
+        pending = transport.current().post(sends, receives, group)
+        beside()
+        pending.wait()
+
+    return _mean_seconds(exchange, device)
 
 
 def _messages(device: torch.device) -> tuple[float, float]:

@@ -9,17 +9,20 @@ embedding's look-up.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from sap_hf.errors import ConfigError
-from sap_hf.planning.cost import Float64
+from sap_hf.planning.cost import Float64, Shape
+from sap_hf.planning.documents import Documents
 from sap_hf.planning.hardware import Hardware, find_hardware
 from sap_hf.planning.plan import Plan
 from sap_hf.planning.workloads import pack
-from sap_hf.strategies.auto import plan as make_plan
+from sap_hf.simulation.compare import OURS
+from sap_hf.strategies.auto import make_plan
 
 # Forward, gradient of the input, gradient of the weight: one matrix product each.
 BACKWARD_PRODUCTS = 2
@@ -29,6 +32,8 @@ BACKWARD_TRAFFIC = 2.25
 # AdamW, fused, all in float32: parameter, gradient and two moments are read, parameter and moments written; before it,
 # clipping reads the gradient for its norm, then reads and writes it.
 OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 3 * 4
+# Dense bfloat16 operations per second of an H100 SXM: NVIDIA's data sheet.
+H100_FLOPS_PER_S = 9.89e14
 # Rows whose logits exist at once; their gradients are made in the forward (as in Liger's fused linear cross entropy).
 LOSS_ROWS = 1024
 
@@ -54,6 +59,11 @@ class Model:
     def key(self) -> int:
         """Elements of one row's k, and of its v."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def shape(self) -> Shape:
+        """One attention layer, in bfloat16."""
+        return Shape(self.num_heads, self.num_kv_heads, self.head_dim)
 
     @property
     def layer_parameters(self) -> int:
@@ -117,19 +127,27 @@ class Training:
     shards: int | None = None
 
 
+# Parts of a step that a table shows as one column: every part is in one of them.
+COLUMNS = {
+    "attention": ("attention_forward", "attention_backward", "attention_waiting"),
+    "linear": ("products", "traffic", "recompute", "head"),
+    "optimizer": ("optimizer",),
+    "fsdp": ("fsdp_waiting",),
+}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingStep:
-    """One optimizer step on one pack.
+    """One optimizer step on the pack of `plan`.
 
     Attributes:
-        parts: name -> (W,) seconds of each rank.
-        rows: rows of the pack that are no padding.
-        bytes: kind -> bytes on the busiest rank. `attention`, `layer` and `logits` come and go, the others stay.
+        parts: name -> (W,) seconds of each rank. What other work hides is in none of them.
     """
 
+    plan: Plan
+    model: Model
+    training: Training
     parts: dict[str, Float64]
-    rows: int
-    bytes: dict[str, int]
 
     @property
     def rank_seconds(self) -> Float64:
@@ -142,9 +160,22 @@ class TrainingStep:
         return float(self.rank_seconds.max())
 
     @property
+    def columns(self) -> dict[str, float]:
+        """Seconds of the slowest rank by COLUMNS; their sum is `seconds`."""
+        slowest = int(self.rank_seconds.argmax())
+        return {
+            name: float(sum(self.parts[part][slowest] for part in parts)) for name, parts in COLUMNS.items()
+        }
+
+    @property
     def tokens_per_s(self) -> float:
-        """Over all ranks that share the pack."""
-        return self.rows / self.seconds
+        """Over all ranks that share the pack, padding left out."""
+        return self.plan.documents.rows / self.seconds
+
+    @functools.cached_property
+    def bytes(self) -> dict[str, int]:
+        """Kind -> bytes on the busiest rank. `attention`, `layer` and `logits` come and go, the others stay."""
+        return _bytes(self.plan, self.model, self.training)
 
     @property
     def peak_bytes(self) -> int:
@@ -161,12 +192,12 @@ def step_seconds(plan: Plan, model: Model = LLAMA_8B, training: Training = Train
         plan: its hardware's links, copies and kernels count for the whole step.
 
     Raises:
-        ConfigError: the plan is for other heads, or for a number of layers that does not divide the model's.
+        ConfigError: the plan is for another layer than the model's in bfloat16, or for a number of layers that does not
+            divide the model's.
     """
     shape, hardware = plan.shape, plan.hardware
-    heads = (model.num_heads, model.num_kv_heads, model.head_dim)
-    if (shape.num_heads, shape.num_kv_heads, shape.head_dim) != heads:
-        raise ConfigError(f"The plan is for {shape}, the model has heads, kv heads and width {heads}.")
+    if shape != model.shape:
+        raise ConfigError(f"The plan is for {shape}, the model's layers are {model.shape}.")
     repeats, rest = divmod(model.layers, sum(plan.windows.values()))
     if rest:
         raise ConfigError(f"windows={plan.windows} do not divide the model's {model.layers} layers.")
@@ -198,7 +229,7 @@ def step_seconds(plan: Plan, model: Model = LLAMA_8B, training: Training = Train
         "fsdp_waiting": _fsdp_waiting(model, shards, hardware, forward, backward) * every,
         "optimizer": model.parameters / shards * OPTIMIZER_BYTES / copy * every,
     }
-    return TrainingStep(parts, plan.documents.rows, _bytes(plan, model, training.checkpointing, shards))
+    return TrainingStep(plan, model, training, parts)
 
 
 def collective_seconds(amount: float, ranks: int, hardware: Hardware) -> float:
@@ -228,7 +259,8 @@ def _fsdp_waiting(model: Model, shards: int, hardware: Hardware, forward: float,
     return 2 * root + 2 * layer + (model.layers - 1) * hidden
 
 
-def _bytes(plan: Plan, model: Model, checkpointing: bool, shards: int) -> dict[str, int]:
+def _bytes(plan: Plan, model: Model, training: Training) -> dict[str, int]:
+    shards, checkpointing = training.shards or plan.cp_size, training.checkpointing
     rows, shard = plan.rows_per_rank, -(-model.parameters // shards)
     # bfloat16 copies of the root and of two layers, gradients of the root and of one layer.
     gathered = 2 * (2 * 2 * model.head_parameters + 3 * model.layer_parameters)
@@ -248,6 +280,46 @@ def _bytes(plan: Plan, model: Model, checkpointing: bool, shards: int) -> dict[s
         # bfloat16 logits, their float32 copy and gradient.
         "logits": min(rows, LOSS_ROWS) * model.vocabulary * (2 + 4 + 4),
     }
+
+
+# {name: (strategy, layout, ranks that exchange heads)}; between: more than one, fewer than all, whatever is fastest.
+# Layout auto is the placement that is best for the strategy, out of those that this library knows.
+STRATEGIES: dict[str, tuple[str, str, int | str]] = {
+    OURS: ("auto", "auto", "auto"),
+    "all_gather": ("all_gather", "auto", 1),
+    "all_gather zigzag": ("all_gather", "zigzag", 1),
+    "ring": ("ring", "auto", 1),
+    "ring zigzag": ("ring", "zigzag", 1),
+    "ulysses": ("ulysses", "auto", "auto"),
+    "ring x ulysses": ("ring", "auto", "between"),
+    "needed contiguous": ("sap", "contiguous", 1),
+    "needed zigzag": ("sap", "zigzag", 1),
+    "needed balanced": ("sap", "balanced", 1),
+}
+
+
+def strategy_steps(
+    documents: Documents,
+    ranks: int,
+    hardware: Hardware,
+    model: Model = LLAMA_8B,
+    training: Training = Training(),
+) -> Iterator[tuple[str, TrainingStep]]:
+    """A step on the pack under each of STRATEGIES, ours first, without those whose heads do not last."""
+    for name, (strategy, layout, exchange) in STRATEGIES.items():
+        sizes: Sequence[int | str] = [exchange]
+        if exchange == "between":
+            sizes = [size for size in range(2, min(ranks, model.num_heads + 1)) if ranks % size == 0]
+        elif strategy == "ulysses" and ranks > model.num_heads:
+            sizes = []
+        plans = (
+            make_plan(
+                documents, ranks, strategy, layout, {None: 1}, "auto", model.shape, hardware, None, size
+            )
+            for size in sizes
+        )
+        if sizes:
+            yield name, step_seconds(min(plans, key=lambda made: made.seconds), model, training)
 
 
 PLANS = (
@@ -281,18 +353,9 @@ def predict(
     found = []
     for workload in WORKLOADS:
         for size in rows:
-            lengths = pack(workload, size, np.random.default_rng(seed))
+            documents = Documents.from_lengths(pack(workload, size, np.random.default_rng(seed)))
             for strategy, layout in PLANS:
-                made = make_plan(
-                    lengths,
-                    cp_size=ranks,
-                    strategy=strategy,
-                    layout=layout,
-                    num_heads=model.num_heads,
-                    num_kv_heads=model.num_kv_heads,
-                    head_dim=model.head_dim,
-                    hardware=machine,
-                )
+                made = make_plan(documents, ranks, strategy, layout, {None: 1}, "auto", model.shape, machine)
                 found.append(_prediction(made, workload, size, f"{strategy} {layout}", model, training))
     constants = {
         "hardware": dataclasses.asdict(machine),

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sap_hf.planning.cost import BACKWARD_FLOPS, Float64, Shape, in_stages
+from sap_hf.planning.cost import BACKWARD_FLOPS, Float64, Shape, beside, in_stages
 from sap_hf.planning.hardware import Hardware
 
 
@@ -25,7 +25,6 @@ class Machine:
     Attributes:
         tile_keys: beginning and ending one tile of queries takes as long as computing this many keys per row.
         tile_rows: the same of a backward's tile of keys, in rows; dK and dV of all query heads are added there.
-        contention: part of the chip that NCCL takes from kernels while an exchange is under way.
         group_cast_bytes_per_s: what MagiAttention's own exchange reaches between nodes, row by row; it does not slow
             the kernels beside it.
         block_seconds: starting one block of a backward kernel, whether or not it finds something to do.
@@ -36,7 +35,6 @@ class Machine:
     hardware: Hardware
     tile_keys: float = 0.0
     tile_rows: float = 0.0
-    contention: float = 0.0
     group_cast_bytes_per_s: float = math.inf
     block_seconds: float = 0.0
     eager_bytes_per_s: float = math.inf
@@ -232,13 +230,17 @@ class Load:
             step = machine.ring_seconds * (self.there.messages + self.back.messages > 0)
             busy, busy_back = busy + step, busy_back + step
         there, back = self.there.seconds(hardware, reached), self.back.seconds(hardware, reached)
-        taken = 0.0 if self.group_cast else machine.contention
+        taken = 0.0 if self.group_cast else hardware.contention
         if self.pace == "own":
-            # Stage 0 is local; the next stage's rows travel beside a stage's kernels.
-            ahead = np.concatenate([there[1:], np.zeros_like(there[:1])])
-            busy, busy_back = _beside(busy, ahead, taken), _beside(busy_back, ahead + back, taken)
+            # Stage 0 is local.
             forward, backward = in_stages(
-                busy, busy_back, there[1:], back[1:], slots=self.slots, whole=self.whole
+                busy,
+                busy_back,
+                there[1:],
+                back[1:],
+                contention=taken,
+                slots=self.slots,
+                whole=self.whole,
             )
         else:
             forward, backward = _PACES[self.pace](busy, busy_back, there, back, taken)
@@ -251,16 +253,10 @@ def _lockstep(
 ) -> tuple[Float64, Float64]:
     """While a stage is computed the next one's rows travel; in the backward dK/dV travel beside them."""
     ahead = np.concatenate([there[1:], np.zeros_like(there[:1])])
-    forward = there[0].max() + np.maximum(_beside(busy, ahead, taken), ahead).max(axis=1).sum()
+    forward = there[0].max() + np.maximum(beside(busy, ahead, taken), ahead).max(axis=1).sum()
     both = ahead + back
-    backward = there[0].max() + np.maximum(_beside(busy_back, both, taken), both).max(axis=1).sum()
+    backward = there[0].max() + np.maximum(beside(busy_back, both, taken), both).max(axis=1).sum()
     return np.full(busy.shape[1], forward), np.full(busy.shape[1], backward)
-
-
-def _beside(busy: Float64, wire: Float64, taken: float) -> Float64:
-    """Seconds of kernels that have the whole chip only when the exchange that began with them is over."""
-    beside: Float64 = np.minimum(busy + taken * wire, busy / (1 - taken))
-    return beside
 
 
 def _blocking(

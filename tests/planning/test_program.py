@@ -125,8 +125,9 @@ def together(everyone, window, name):
 
 def hold(lengths, cp_size, window, stages=1, **options):
     plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, window=window, **options)
-    plans = [dataclasses.replace(plan, stages=stages, whole=whole) for whole in (True, False)]
-    return [hold_one(plan, lengths, window) for plan in plans][0]
+    plans = (dataclasses.replace(plan, stages=stages, whole=whole) for whole in (True, False))
+    whole, _ = (hold_one(plan, lengths, window) for plan in plans)
+    return whole
 
 
 def hold_one(plan, lengths, window):

@@ -47,15 +47,48 @@ def test_all_ranks_get_the_same_machine():
 
 
 def test_two_nodes_are_measured_apart():
-    *_, node, network, _, _, per_node = run_ranks(measure, 4, 2, env={"LOCAL_WORLD_SIZE": "2"})[0]
+    *_, node, network, _, _, contention, per_node = run_ranks(measure, 4, 2, env={"LOCAL_WORLD_SIZE": "2"})[0]
     assert per_node == 2
+    assert 0 <= contention < 1
     assert node != network
 
 
 def test_a_slow_wire_is_found():
-    *_, node, _, message, _, _ = run_ranks(measure, 2, 2, True, env={"LOCAL_WORLD_SIZE": "2"})[0]
+    *_, node, _, message, _, _, _ = run_ranks(measure, 2, 2, True, env={"LOCAL_WORLD_SIZE": "2"})[0]
     assert Slow.BYTES_PER_S / 8 < node < Slow.BYTES_PER_S
     assert message > Slow.SECONDS
+
+
+def contended(rank, world, slowed):
+    """What is measured beside an exchange of 20 ms, of a kernel of 40 ms that loses `slowed` of its speed to it."""
+    under_way = []
+
+    class Wire(transport.Transport):
+        def post(self, sends, receives, group):
+            pending = super().post(sends, receives, group)
+            wait, done = pending.wait, module.time.perf_counter() + 0.02
+            under_way.append(done)
+
+            def late():
+                wait()
+                module.time.sleep(max(done - module.time.perf_counter(), 0))
+                under_way.clear()
+
+            pending.wait = late
+            return pending
+
+    def compute():
+        module.time.sleep(0.04 + (0.02 * slowed if under_way else 0))
+
+    module.SECONDS = 0.2
+    with transport.using(Wire()):
+        return module._contention(compute, 1, world, 1e5, torch.device("cpu"))
+
+
+def test_a_kernel_that_loses_speed_to_an_exchange_is_found():
+    found = run_ranks(contended, 2, 0.5, env={"LOCAL_WORLD_SIZE": "2"})[0]
+    assert 0.35 < found < 0.75
+    assert run_ranks(contended, 2, 0.0, env={"LOCAL_WORLD_SIZE": "2"})[0] < 0.2
 
 
 def write(rank, world, path):

@@ -1,6 +1,7 @@
 """A training step: counts against a real decoder layer, times against torchtitan's measurements, memory and limits."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -12,10 +13,22 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 import sap_hf
 from sap_hf.errors import ConfigError
+from sap_hf.planning.documents import Documents
 from sap_hf.planning.hardware import PRESETS
 from sap_hf.planning.workloads import pack
 from sap_hf.simulation import step
-from sap_hf.simulation.step import EAGER, FUSED, LLAMA_8B, Model, Training, predict, step_seconds
+from sap_hf.simulation.step import (
+    COLUMNS,
+    EAGER,
+    FUSED,
+    LLAMA_8B,
+    STRATEGIES,
+    Model,
+    Training,
+    predict,
+    step_seconds,
+    strategy_steps,
+)
 
 SMALL = Model(layers=1, hidden=256, mlp=896, num_heads=4, num_kv_heads=1, head_dim=64, vocabulary=1000)
 ROWS = 128
@@ -153,6 +166,42 @@ def test_the_sum_of_parts_of_the_slowest_rank_is_the_step():
     attention = ("attention_forward", "attention_backward", "attention_waiting")
     assert sum(made.parts[name] for name in attention).max() == pytest.approx(32 * plan.seconds)
     assert made.tokens_per_s * made.seconds == pytest.approx(65536)
+
+
+def test_every_part_is_in_one_column_and_the_columns_are_the_slowest_ranks():
+    made = step_seconds(plan_for(70_000, LLAMA_8B, cp_size=8, layout="contiguous"))
+    assert sorted(itertools.chain(*COLUMNS.values())) == sorted(made.parts)
+    assert sum(made.columns.values()) == pytest.approx(made.seconds, rel=1e-12)
+    slowest = made.plan.layer_seconds.total
+    assert slowest.max() > 1.5 * slowest.mean()
+    assert made.columns["attention"] == pytest.approx(32 * slowest.max())
+
+
+def test_strategies_are_plans_of_their_name_and_ours_attends_no_longer_than_any():
+    documents = Documents.from_lengths(pack("half", 16 * 4096, np.random.default_rng(2)))
+    steps = dict(strategy_steps(documents, 16, PRESETS["h100"]))
+    assert list(steps) == list(STRATEGIES)
+    for name, made in steps.items():
+        plan, asked = made.plan, name.split()
+        if name != "sap_hf":
+            assert plan.strategy == {"needed": "sap"}.get(asked[0], asked[0])
+        if asked[-1] in ("zigzag", "contiguous", "balanced"):
+            assert plan.layout == asked[-1]
+        assert steps["sap_hf"].columns["attention"] <= made.columns["attention"] * (1 + 1e-9)
+    degrees = {name: made.plan.ulysses_size for name, made in steps.items() if name != "sap_hf"}
+    between = {
+        size: sap_hf.plan(documents.lengths, cp_size=16, strategy="ring", ulysses_size=size).seconds
+        for size in (2, 4, 8)
+    }
+    assert degrees.pop("ring x ulysses") == min(between, key=between.get)
+    assert degrees.pop("ulysses") == 16
+    assert set(degrees.values()) == {1}
+
+
+@pytest.mark.parametrize("ranks, missing", [(3, {"ring x ulysses"}), (64, {"ulysses"})])
+def test_strategies_whose_heads_do_not_last_are_left_out(ranks, missing):
+    steps = dict(strategy_steps(Documents.from_lengths([ranks * 64]), ranks, PRESETS["h100"]))
+    assert set(STRATEGIES) - set(steps) == missing
 
 
 def test_layers_of_several_windows_count_as_often_as_the_model_has_them():
