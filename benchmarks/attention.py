@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import platform
@@ -18,11 +19,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from peers import MODES, Ringmaster
+from torch.nn.functional import pad
 
 import sap_hf
 from sap_hf.planning.cost import critical_rows
@@ -44,6 +48,9 @@ PLANS = (
 )
 PEERS = ("all_gather zigzag", "ring zigzag", "ulysses contiguous", "ring zigzag x ulysses 2")
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# The pack rows of this rank, and what attends to the pack.
+Layer = tuple[np.ndarray, Attend]
 
 
 def main() -> None:
@@ -61,6 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--hardware", help="what auto plans for: a preset, or a file of sap-hf bench --calibrate"
     )
+    parser.add_argument("--ringmaster", action="store_true", help="time axolotl-ringmaster too; see peers.py")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -85,41 +93,91 @@ def main() -> None:
         for strategy, layout, size in PLANS
         if size != 2 or world % 2 == 0
     }
-    seconds: dict[str, list[float]] = {name: [] for name in plans}
+    dtype = torch.bfloat16 if cuda else torch.float32
+    layers: dict[str, Layer] = {
+        name: (plan.rows(rank), functools.partial(sap_hf.attention, plan=plan))
+        for name, plan in plans.items()
+    }
+    if options.ringmaster:
+        contiguous = np.arange(options.rows).reshape(world, -1)[rank]
+        for mode in MODES:
+            peer = Ringmaster(mode, HEADS, KV_HEADS, device)
+            layers[mode] = (contiguous, functools.partial(peer.attend, lengths=lengths))
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
     for turn in range(options.turns + 1):
-        for name, plan in plans.items():
-            spent = once(plan, device, torch.bfloat16 if cuda else torch.float32)
+        for name, (rows, attend) in layers.items():
+            spent = once(attend, len(rows), device, dtype)
             if turn:
                 seconds[name].append(spent)
+    checked = ("auto auto", *MODES) if options.ringmaster else ()
+    errors = errors_of({name: layers[name] for name in checked}, lengths, device, dtype)
     if rank == 0:
         report(
             options,
             lengths,
             plans,
             {name: statistics.median(values) for name, values in seconds.items()},
+            errors,
             world,
         )
     dist.barrier()
     dist.destroy_process_group()
 
 
-def once(plan: sap_hf.Plan, device: torch.device, dtype: torch.dtype) -> float:
+def once(attend: Attend, rows: int, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of one forward and backward, until the slowest rank is done."""
-    rows = plan.rows_per_rank
     q, k, v = (
         torch.randn(rows, heads, HEAD_DIM, device=device, dtype=dtype, requires_grad=True)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
     dist.barrier()
     started = time.perf_counter()
-    sap_hf.attention(q, k, v, plan).sum().backward()
+    attend(q, k, v).sum().backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
     return time.perf_counter() - started
 
 
-def report(options: argparse.Namespace, lengths: np.ndarray, plans: dict, seconds: dict, world: int) -> None:
+def errors_of(
+    layers: dict[str, Layer], lengths: np.ndarray, device: torch.device, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
+    """Largest error of out, and of dq, dk and dv, on any rank: against every document alone, in float64."""
+    if not layers:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(int(lengths.sum()), heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    q, k, v, dout = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    out = torch.cat([alone(*parts) for parts in zip(*(x.split(lengths.tolist()) for x in exact))])
+    truth = [out.detach(), *torch.autograd.grad(out, exact, dout.double())]
+    errors = {}
+    for name, (rows, attend) in layers.items():
+        mine = torch.from_numpy(rows[rows < len(q)]).to(device)
+        padding = len(rows) - len(mine)
+        leaves = [pad(x[mine], (0, 0, 0, 0, 0, padding)).requires_grad_() for x in (q, k, v)]
+        found = attend(*leaves)
+        gradients = torch.autograd.grad(found, leaves, pad(dout[mine], (0, 0, 0, 0, 0, padding)))
+        apart = [
+            (part[: len(mine)].double() - whole[mine]).abs().max()
+            for part, whole in zip((found, *gradients), truth)
+        ]
+        worst = torch.stack([apart[0], torch.stack(apart[1:]).max()]).detach()
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        errors[name] = dict(zip(("out", "gradient"), worst.tolist()))
+    return errors
+
+
+def alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of one document, (t, H, D)."""
+    parts = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+def report(
+    options: argparse.Namespace, lengths: np.ndarray, plans: dict, seconds: dict, errors: dict, world: int
+) -> None:
     """Print the table and write it with where it came from."""
     fastest = min(seconds.values())
     hardware = plans["auto auto"].hardware.name
@@ -135,6 +193,16 @@ def report(options: argparse.Namespace, lengths: np.ndarray, plans: dict, second
             f"  {name:<25} {seconds[name] * 1e3:8.1f} ms  {seconds[name] / fastest:5.2f} x fastest  "
             f"modelled {plan.seconds * 1e3:8.1f} ms  rows moved {share:6.1%}  imbalance {plan.imbalance:.2f}  "
             f"{method(plan)} {plan.layout} {'+'.join(plan.deliveries)}"
+        )
+    for name in (name for name in seconds if name not in plans):
+        print(
+            f"  {name:<25} {seconds[name] * 1e3:8.1f} ms  {seconds[name] / fastest:5.2f} x fastest, "
+            f"{seconds[name] / seconds['auto auto']:.2f} x auto"
+        )
+    for name, error in errors.items():
+        print(
+            f"  {name:<25} off by {error['out']:.1e} in out, {error['gradient']:.1e} in gradients "
+            "from each document alone"
         )
     right, wrong = order(plans, seconds)
     print(
@@ -161,6 +229,7 @@ def report(options: argparse.Namespace, lengths: np.ndarray, plans: dict, second
             "share_of_all_gather": {
                 n: float(p.rows_moved.sum() / p.all_gather_rows) for n, p in plans.items()
             },
+            "errors": errors,
         }
         with options.out.open("a") as file:
             file.write(json.dumps(record) + "\n")

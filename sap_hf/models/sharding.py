@@ -26,6 +26,7 @@ from sap_hf.planning import Documents, Plan
 from sap_hf.planning.cost import Shape
 from sap_hf.planning.hardware import PRESETS, Hardware, find_hardware
 from sap_hf.runtime.collectives import gather_rows, sum_over_ranks
+from sap_hf.runtime.device_program import compiled
 from sap_hf.runtime.group import CpGroup, agree, from_first, ranks_per_node
 from sap_hf.strategies import make_plan
 from sap_hf.strategies.auto import degrees
@@ -152,7 +153,7 @@ class Sharding:
         return prepared
 
     def _plan(self, cu_seqlens: bytes) -> Plan:
-        return make_plan(
+        made = make_plan(
             Documents(np.frombuffer(cu_seqlens, np.int64).copy()),
             self.group.size,
             self.config.strategy,
@@ -164,6 +165,10 @@ class Sharding:
             self.config.max_remote_rows,
             self._ulysses_size,
         )
+        # Here it may be ahead of the step; the first layer would wait for it.
+        for window in self.windows:
+            compiled(made, self.group.rank, window)
+        return made
 
     def _shard_labels(self, inputs: dict[str, Any], batch: Batch, cut: Cut) -> None:
         """Shift labels once over the whole pack, then cut: a shard's last row keeps its target."""

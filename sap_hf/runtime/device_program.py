@@ -83,12 +83,22 @@ class DeviceProgram:
     packed: tuple[torch.Tensor | None, ...]
 
 
+def compiled(plan: Plan, rank: int, window: int | None) -> Program:
+    """The plan's program for this rank and window, made in the first call; numpy alone, for any thread."""
+    key = ("compiled", rank, window)
+    made = plan.derived.get(key)
+    if made is None:
+        made = plan.derived[key] = compile_program(plan, rank, window)
+    assert isinstance(made, Program)
+    return made
+
+
 def load(plan: Plan, rank: int, window: int | None, device: torch.device) -> DeviceProgram:
     """The plan's program for this rank and window on `device`; compiled and copied once."""
     key = ("program", rank, window, device)
     made = plan.derived.get(key)
     if made is None:
-        program = compile_program(plan, rank, window)
+        program = compiled(plan, rank, window)
         made = plan.derived[key] = DeviceProgram(
             program,
             tuple(_call(call, device) for call in program.calls),

@@ -1,0 +1,116 @@
+"""The benchmarks run, their ways to train agree, and what they need is asked for by name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from tests.dist import run_script
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The folder's modules by their plain names, as the scripts import each other."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_all_strategies_find_the_same_loss_in_a_step(tmp_path):
+    out = tmp_path / "step.jsonl"
+    done = run_script(
+        BENCHMARKS / "step.py", 2, "--rows", "192", "--layers", "1", "--turns", "1", "--out", str(out)
+    )
+    assert done.code == 0, done.output
+    record = json.loads(out.read_text())
+    assert len(record["step_seconds"]) == 6
+    assert record["loss_difference"] < 1e-5
+    for name, seconds in record["step_seconds"].items():
+        parts = (
+            record["compute_seconds"][name] + record["averaging_seconds"] + record["optimizer_seconds"][name]
+        )
+        assert seconds == pytest.approx(sum(parts))
+    assert record["tokens"]["auto auto"] == [192]
+
+
+def test_a_way_that_sees_other_documents_shows_in_the_loss(scripts):
+    import step
+
+    torch.manual_seed(0)
+    model = step.build(layers=1, rows=64)
+    lengths = np.array([20, 30, 14])
+    batch = step.packed(lengths, np.random.default_rng(0), torch.device("cpu"))
+    leaking = {name: value for name, value in batch.items() if name != "position_ids"}
+    ways = {name: step.Way(None, [], [], [], data="same") for name in ("packed", "leaking", "alone")}
+    losses = [model(**inputs).loss.item() for inputs in (batch, leaking)]
+    pieces = {name: value.split(lengths.tolist(), dim=1) for name, value in batch.items()}
+    alone = [model(**{name: parts[i] for name, parts in pieces.items()}).loss.item() for i in range(3)]
+    losses.append(float(np.dot(alone, lengths - 1) / (lengths - 1).sum()))
+    spent = {name: step.Spent(loss=[loss]) for name, loss in zip(ways, losses)}
+    assert step.largest_difference(ways, spent) > 1e-4
+    del ways["leaking"]
+    assert step.largest_difference(ways, spent) < 1e-5
+
+
+def test_a_padded_batch_trains_every_document_as_alone(scripts):
+    import step
+
+    torch.manual_seed(0)
+    model = step.build(layers=1, rows=64)
+    batch = step.padded(np.array([9, 3, 17]), np.random.default_rng(0), torch.device("cpu"))
+    assert (batch["labels"] != step.IGNORED).sum() == 9 + 3 + 17 - 3
+    alone = sum(
+        model(input_ids=ids[:n][None], labels=ids[:n][None]).loss.item() * (n - 1)
+        for ids, n in zip(batch["input_ids"], (9, 3, 17))
+    )
+    assert model(**batch).loss.item() == pytest.approx(alone / 26, abs=1e-5)
+
+
+def test_gradients_are_averaged_whatever_the_bucket(scripts, monkeypatch):
+    import step
+
+    monkeypatch.setattr(step, "BUCKET_BYTES", 1 << 20)
+    monkeypatch.setattr(step.dist, "all_reduce", lambda flat: flat.mul_(3))
+    monkeypatch.setattr(step.dist, "get_world_size", lambda: 2)
+    model = step.build(layers=1, rows=8)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, float(i))
+    step.average(model)
+    for i, parameter in enumerate(model.parameters()):
+        assert (parameter.grad == i * 1.5).all()
+
+
+def test_attention_across_documents_shows_as_an_error(scripts, monkeypatch):
+    import attention
+
+    monkeypatch.setattr(attention.dist, "all_reduce", lambda worst, op: None)
+    lengths = np.array([5, 11])
+
+    def alone(*parts: torch.Tensor) -> torch.Tensor:
+        return torch.cat(
+            [attention.alone(*piece) for piece in zip(*(x.split(lengths.tolist()) for x in parts))]
+        )
+
+    # Rows at or beyond the pack are padding, as in a plan.
+    layers = {"alone": (np.arange(16), alone), "leaking": (np.arange(16), attention.alone)}
+    layers["padded"] = (
+        np.arange(18),
+        lambda *parts: pad(alone(*(x[:16] for x in parts)), (0, 0, 0, 0, 0, 2)),
+    )
+    errors = attention.errors_of(layers, lengths, torch.device("cpu"), torch.float32)
+    assert max(*errors["alone"].values(), *errors["padded"].values()) < 1e-5
+    assert min(errors["leaking"].values()) > 0.1
+
+
+def test_a_missing_peer_is_asked_for_by_name(scripts, monkeypatch):
+    import peers
+
+    monkeypatch.setitem(sys.modules, "ringmaster", None)
+    with pytest.raises(SystemExit, match=r"pip install --no-deps --target peers axolotl-ringmaster==0\.2\.7"):
+        peers.Ringmaster("ringmaster ring", 8, 4, torch.device("cpu"))
