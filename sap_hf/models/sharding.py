@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.state import is_initialized as accelerate_runs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sap_hf.config import SapConfig
@@ -243,7 +245,16 @@ def _shape(model: torch.nn.Module) -> Shape:
         num_heads=heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        bytes_per_element=_bytes_per_element(model),
     )
+
+
+def _bytes_per_element(model: torch.nn.Module) -> int:
+    """Of q, k and v: of accelerate's mixed precision, else of the model's parameters."""
+    if accelerate_runs() and AcceleratorState().mixed_precision in ("bf16", "fp16", "fp8"):
+        return 2
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return max(2, next(dtypes, torch.bfloat16).itemsize)
 
 
 def _hardware(name: str, group: CpGroup) -> Hardware:

@@ -120,7 +120,7 @@ def wire_seconds(
         for rank in (source, destination)
     )
     busiest = np.maximum(sent, received)
-    link = _both_links(busiest, hardware)
+    link = link_seconds(busiest[0], sent[1], received[1], hardware)
     messages = [
         np.bincount(stage * cp_size + rank, minlength=stages * cp_size) for rank in (source, destination)
     ]
@@ -142,16 +142,21 @@ def wire_seconds(
             ranks = min(node, cp_size)
             # A ring through all ranks: what a node receives passes it once, over the links of all its ranks.
             total = busiest.sum(axis=0)
-            once = np.stack([total * (ranks - 1) // ranks, total // ranks]) if node < cp_size else busiest
+            near, far = (total * (ranks - 1) // ranks, total // ranks) if node < cp_size else busiest
             hops = ranks + cp_size // ranks - 2
-            there = _both_links(once, hardware) + hardware.step_seconds + hops * hardware.message_seconds
+            there = (
+                link_seconds(near, far, far, hardware)
+                + hardware.step_seconds
+                + hops * hardware.message_seconds
+            )
         ways.append((there, back))
+    whole = sent.sum(axis=1), received.sum(axis=1)
     best = np.argmin([there.max(axis=1) + back.max(axis=1) for there, back in ways], axis=0).tolist()
     return Wires(
         tuple(names[way] for way in best),
         np.stack([ways[way][0][i] for i, way in enumerate(best)]),
         np.stack([ways[way][1][i] for i, way in enumerate(best)]),
-        _both_links(np.maximum(sent.sum(axis=1), received.sum(axis=1)), hardware),
+        link_seconds(np.maximum(*whole)[0], whole[0][1], whole[1][1], hardware),
     )
 
 
@@ -163,11 +168,12 @@ def gather_link_seconds(held: Int64, shape: Shape, hardware: Hardware) -> tuple[
     near = sum_by(nodes, held, int(nodes[-1]) + 1)[nodes]
     inside = np.maximum(held * (ranks - 1), near - held)
     outside = np.maximum(held * (cp_size - ranks), held.sum() - near)
-    home = _both_links(np.stack([inside, outside]) * shape.bytes_per_row, hardware)
+    inside, outside = inside * shape.bytes_per_row, outside * shape.bytes_per_row
+    home = link_seconds(inside, outside, outside, hardware)
     if node >= cp_size:
         return home, home
-    total = (inside + outside) * shape.bytes_per_row
-    once = _both_links(np.stack([total * (node - 1) // node, total // node]), hardware)
+    total = inside + outside
+    once = link_seconds(total * (node - 1) // node, total // node, total // node, hardware)
     return np.minimum(once, home), home
 
 
@@ -184,11 +190,22 @@ def kernel_seconds(pairs: Int64, rows: Int64, layers: int, shape: Shape, hardwar
     return computing + 2 * layers * around
 
 
-def _both_links(amount: Int64, hardware: Hardware) -> Float64:
-    """(2, ...) bytes inside the node and between nodes -> (...) seconds."""
-    seconds: Float64 = np.maximum(
-        amount[0] / hardware.node_bytes_per_s, amount[1] / hardware.network_bytes_per_s
-    )
+def link_seconds(
+    inside: Float64 | Int64, sent: Float64 | Int64, received: Float64 | Int64, hardware: Hardware
+) -> Float64:
+    """(..., W) seconds of bytes inside the node, and of those that leave for other nodes and come from them.
+
+    Both travel at the same time, and in both directions. Ranks of one node share its way to other nodes.
+    """
+    ranks, node = inside.shape[-1], hardware.ranks_per_node
+    first = np.arange(0, ranks, node)
+    of_node = (np.add.reduceat(way, first, axis=-1) for way in (sent, received))
+    shared = np.repeat(np.maximum(*of_node), np.diff(first, append=ranks), axis=-1)
+    # A rank has its share at least, and no more than a rank alone; with the node's last byte it is done, too.
+    own = np.maximum(sent, received)
+    done = np.minimum(own / hardware.network_bytes_per_s, shared / (hardware.network_bytes_per_s * node))
+    network = np.maximum(own / hardware.network_alone_bytes_per_s, done)
+    seconds: Float64 = np.maximum(inside / hardware.node_bytes_per_s, network)
     return seconds
 
 

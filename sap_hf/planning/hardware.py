@@ -25,7 +25,9 @@ class Hardware:
     node_bytes_per_s: float
     """Per rank and direction, to ranks of the same node."""
     network_bytes_per_s: float
-    """Per rank and direction, to ranks of other nodes."""
+    """Per rank and direction, to ranks of other nodes, while all ranks of the node send."""
+    network_alone_bytes_per_s: float
+    """The same for a rank that sends alone: more, where ranks share a network card."""
     message_seconds: float
     """Fixed cost of one message."""
     step_seconds: float
@@ -55,13 +57,13 @@ PRESETS = {
         # NCCL's part of the chip is what explains MagiAttention's published figures best (`sap-hf simulate --fit`).
         # 400 of 989 dense bf16 TFLOP/s reached by flash attention; NVLink 4 and one 400 Gbit/s NIC per GPU, less
         # overhead.
-        Hardware("h100", 4e14, 3.5e14, 2.5e12, 6e-6, 3e11, 4e10, 3e-6, 2e-5, 0.2, 8),
+        Hardware("h100", 4e14, 3.5e14, 2.5e12, 6e-6, 3e11, 4e10, 4e10, 3e-6, 2e-5, 0.2, 8),
         # 312 dense TFLOP/s; NVLink 3 and one 200 Gbit/s NIC per GPU.
-        Hardware("a100", 1.8e14, 1.6e14, 1.5e12, 6e-6, 2e11, 2e10, 3e-6, 2e-5, 0.2, 8),
+        Hardware("a100", 1.8e14, 1.6e14, 1.5e12, 6e-6, 2e11, 2e10, 2e10, 3e-6, 2e-5, 0.2, 8),
         # A box of PCIe 4.0 x16 cards without NVLink (L40S, A6000), one 100 Gbit/s NIC for all eight.
-        Hardware("pcie", 1.5e14, 1.2e14, 7e11, 6e-6, 1.6e10, 1.5e9, 1e-5, 3e-5, 0.2, 8),
+        Hardware("pcie", 1.5e14, 1.2e14, 7e11, 6e-6, 1.6e10, 1.5e9, 1.2e10, 1e-5, 3e-5, 0.2, 8),
         # gloo over loopback between single-core processes.
-        Hardware("cpu", 3e10, 2e10, 5e9, 3e-5, 1e9, 1e8, 1e-4, 2e-4, 0.2, 64),
+        Hardware("cpu", 3e10, 2e10, 5e9, 3e-5, 1e9, 1e8, 1e9, 1e-4, 2e-4, 0.2, 64),
     )
 }
 

@@ -91,8 +91,11 @@ class Plan:
     @functools.cached_property
     def outer_hardware(self) -> Hardware:
         """The machine as `placement` sees it: each of its ranks is one of the U that hold its rows."""
-        ranks = max(1, self.hardware.ranks_per_node // self.ulysses_size)
-        return dataclasses.replace(self.hardware, ranks_per_node=ranks)
+        whole = self.hardware
+        ranks = max(1, whole.ranks_per_node // self.ulysses_size)
+        # All U of them send at the same time.
+        alone = min(whole.network_alone_bytes_per_s, whole.network_bytes_per_s * ranks)
+        return dataclasses.replace(whole, ranks_per_node=ranks, network_alone_bytes_per_s=alone)
 
     def schedule(self, window: Window = None) -> Schedule:
         """The schedule of layers with this window; derived once.

@@ -56,7 +56,10 @@ def calibrate(name: str, shape: Shape, device: torch.device) -> Hardware:
     call, forward, backward, compute = _kernel(shape, device, dtype)
     first, message = _messages(device)
     node = _bytes_per_s(1, per_node, device, first) if per_node > 1 else None
-    network = _bytes_per_s(per_node, world, device, first) if world > per_node else None
+    network, alone = (
+        _bytes_per_s(per_node, world, device, first, one_in=senders) if world > per_node else None
+        for senders in (1, per_node)
+    )
     # The furthest links are those that are worth hiding.
     far = (per_node, world, network) if network is not None else (1, per_node, node or 0.0)
     return Hardware(
@@ -67,6 +70,7 @@ def calibrate(name: str, shape: Shape, device: torch.device) -> Hardware:
         call_seconds=call,
         node_bytes_per_s=node or network or 0.0,
         network_bytes_per_s=network or node or 0.0,
+        network_alone_bytes_per_s=max(alone or 0.0, network or node or 0.0),
         message_seconds=message,
         step_seconds=max(first - message, message),
         contention=_contention(compute, *far, device),
@@ -177,11 +181,13 @@ def _exchange(
     messages: int,
     device: torch.device,
     beside: Callable[[], object] = lambda: None,
+    one_in: int = 1,
 ) -> float:
     """Seconds of one exchange in which every rank sends to the one `peer_distance` further within each `span`.
 
     Args:
         beside: what is computed while it is under way.
+        one_in: of so many neighbours only the first one sends and receives.
     """
     rank, group = dist.get_rank(), dist.group.WORLD
     assert group is not None
@@ -192,6 +198,8 @@ def _exchange(
 
     def exchange() -> None:
         sends, receives = [(there, part) for part in leaving], [(here, part) for part in coming]
+        if rank % one_in:
+            sends, receives = [], []
         pending = transport.current().post(sends, receives, group)
         beside()
         pending.wait()
@@ -207,11 +215,11 @@ def _messages(device: torch.device) -> tuple[float, float]:
     return one, max((many - one) / (MESSAGES - 1), one / 100)
 
 
-def _bytes_per_s(peer_distance: int, span: int, device: torch.device, start: float) -> float:
-    """Per rank and direction, all ranks sending at once."""
+def _bytes_per_s(peer_distance: int, span: int, device: torch.device, start: float, one_in: int = 1) -> float:
+    """Per rank and direction, all ranks sending at once, or one in so many."""
     size = 1 << 16
-    seconds = _exchange(peer_distance, span, size, 1, device)
+    seconds = _exchange(peer_distance, span, size, 1, device, one_in=one_in)
     while seconds - start < LONG and size < MOST_BYTES:
         size *= 4
-        seconds = _exchange(peer_distance, span, size, 1, device)
+        seconds = _exchange(peer_distance, span, size, 1, device, one_in=one_in)
     return size / max(seconds - start, 1e-9)

@@ -68,6 +68,8 @@ def resolve(group: dist.ProcessGroup | None, cp_size: int) -> tuple[dist.Process
     Raises:
         LayoutError: the group does not have `cp_size` ranks.
     """
+    if group is None and cp_size == 1:
+        return None, 0
     if group is None and _attached is not None:
         group, size = _attached.device, _attached.size
     else:

@@ -101,6 +101,8 @@ def machine_of(constants: dict[str, float]) -> Machine:
     fields = {field.name for field in dataclasses.fields(Hardware)}
     links: dict[str, Any] = {name: value for name, value in constants.items() if name in fields}
     rest = {name: value for name, value in constants.items() if name not in fields}
+    # A network card for each GPU.
+    links["network_alone_bytes_per_s"] = links["network_bytes_per_s"]
     return Machine(dataclasses.replace(PRESETS["h100"], name="h100-chart", **links), **rest)
 
 

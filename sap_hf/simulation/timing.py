@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sap_hf.planning.cost import BACKWARD_FLOPS, Float64, Shape, beside, in_stages
+from sap_hf.planning.cost import BACKWARD_FLOPS, Float64, Shape, beside, in_stages, link_seconds
 from sap_hf.planning.hardware import Hardware
 
 
@@ -122,13 +122,15 @@ class Wire:
         return cls(*np.zeros((4, stages, ranks)))
 
     def seconds(self, hardware: Hardware, network_bytes_per_s: float = math.inf) -> Float64:
-        """(S, W): both links at the same time, then what is fixed, then the packing.
+        """(S, W): both links at the same time, then what is fixed, then the packing. What leaves a node and what comes
+        count as one where its ranks share a network card.
 
         Args:
             network_bytes_per_s: what this exchange reaches between nodes, where that is less than the links have.
         """
-        network = min(network_bytes_per_s, hardware.network_bytes_per_s)
-        link = np.maximum(self.inside / hardware.node_bytes_per_s, self.outside / network)
+        link = link_seconds(self.inside, self.outside, self.outside, hardware)
+        if network_bytes_per_s < hardware.network_bytes_per_s:
+            link = np.maximum(link, self.outside / network_bytes_per_s)
         fixed = self.messages * hardware.message_seconds + (self.messages > 0) * hardware.step_seconds
         return link + fixed + self.packed / hardware.copy_bytes_per_s
 

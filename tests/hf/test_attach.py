@@ -248,7 +248,7 @@ def test_two_trainers_live_in_one_process(on_2: Together) -> None:
 def test_attach_prints_what_it_did_once(on_2: Together) -> None:
     main, other = on_2["printed"]
     assert "LlamaAttention x2: via interface" in main
-    assert "2 processes" in main and "1 data-parallel" in main
+    assert "dp_replicate 1 x dp_shard 1 x cp 2" in main and "2 processes" in main
     assert "per optimizer step" in main and "62 tokens" in main and "124 tokens" in main
     assert "LlamaAttention" not in other, "the second rank repeats it"
 

@@ -13,6 +13,8 @@ from hypothesis import given
 
 import sap_hf
 from sap_hf.errors import ConfigError, DocumentError, LayoutError, SapError
+from sap_hf.planning.cost import link_seconds
+from sap_hf.planning.hardware import PRESETS
 from tests.planning.cases import LAYOUTS, STRATEGIES, both, packs, ranks, windows
 
 
@@ -195,3 +197,29 @@ def test_a_document_without_rows_means_the_same_by_lengths_and_by_boundaries():
             return "refused"
 
     assert outcome(lengths=[3, 0, 2]) == outcome(cu_seqlens=[0, 3, 3, 5])
+
+
+def test_ranks_of_a_node_share_its_network_card_and_no_rank_is_slower_than_its_share():
+    hardware = dataclasses.replace(
+        PRESETS["h100"], ranks_per_node=2, network_bytes_per_s=10.0, network_alone_bytes_per_s=15.0
+    )
+    nothing = np.zeros(4)
+
+    def seconds(sent, received):
+        return link_seconds(nothing, np.array(sent), np.array(received), hardware).tolist()
+
+    # Both cards of bytes: 20 a second leave a node, at most 15 of one rank's.
+    assert seconds([600, 600, 0, 0], [0, 0, 600, 600]) == [60.0, 60.0, 60.0, 60.0]
+    assert seconds([600, 0, 0, 0], [0, 0, 0, 600]) == [40.0, 0.0, 0.0, 40.0]
+    # 600 of one and 100 of the other are through after 35 seconds; the 100 have their share and need 10 at most.
+    assert seconds([600, 100, 0, 0], [0, 0, 0, 0]) == [40.0, 10.0, 0.0, 0.0]
+    # What leaves does not slow down what comes.
+    assert seconds([600, 0, 0, 0], [0, 600, 0, 0]) == [40.0, 40.0, 0.0, 0.0]
+
+
+def test_a_rank_that_sends_alone_has_the_whole_card_of_its_node():
+    shared = dataclasses.replace(PRESETS["pcie"], ranks_per_node=2)
+    apart = dataclasses.replace(shared, network_alone_bytes_per_s=shared.network_bytes_per_s)
+    options = {"cu_seqlens": [0, 4000, 12000, 16000], "cp_size": 4, "strategy": "sap", "layout": "contiguous"}
+    on_shared, on_apart = (sap_hf.plan(**options, hardware=machine) for machine in (shared, apart))
+    assert on_shared.seconds < on_apart.seconds

@@ -47,14 +47,17 @@ def test_all_ranks_get_the_same_machine():
 
 
 def test_two_nodes_are_measured_apart():
-    *_, node, network, _, _, contention, per_node = run_ranks(measure, 4, 2, env={"LOCAL_WORLD_SIZE": "2"})[0]
+    *_, node, network, alone, _, _, contention, per_node = run_ranks(
+        measure, 4, 2, env={"LOCAL_WORLD_SIZE": "2"}
+    )[0]
     assert per_node == 2
     assert 0 <= contention < 1
+    assert alone >= network
     assert node != network
 
 
 def test_a_slow_wire_is_found():
-    *_, node, _, message, _, _, _ = run_ranks(measure, 2, 2, True, env={"LOCAL_WORLD_SIZE": "2"})[0]
+    *_, node, _, _, message, _, _, _ = run_ranks(measure, 2, 2, True, env={"LOCAL_WORLD_SIZE": "2"})[0]
     assert Slow.BYTES_PER_S / 8 < node < Slow.BYTES_PER_S
     assert message > Slow.SECONDS
 

@@ -183,7 +183,8 @@ def test_a_plan_takes_what_its_own_model_says_where_the_simulation_adds_nothing(
 ):
     h100 = PRESETS["h100"]
     # Links that kernels hide, that they hide in part, and that hide kernels.
-    links = {name: getattr(h100, name) / slower for name in ("node_bytes_per_s", "network_bytes_per_s")}
+    names = ("node_bytes_per_s", "network_bytes_per_s", "network_alone_bytes_per_s")
+    links = {name: getattr(h100, name) / slower for name in names}
     hardware = dataclasses.replace(h100, call_seconds=1e-20, ranks_per_node=NODE, **links)
     documents = Documents.from_lengths(lengths(3))
     plan = make_plan(documents, 8, strategy, "contiguous", {None: 1}, delivery, SHAPE, hardware, limit)
