@@ -48,7 +48,8 @@ class SapConfig:
     """What the plans' modelled seconds are for: a preset of sap_hf.planning.hardware, or a file that `sap-hf bench
     --calibrate` wrote; auto is cpu on CPUs, else h100."""
     check_batches: bool = True
-    """Compare a hash of the batch over the cp group (24 bytes per rank, on a CPU side group) before every forward."""
+    """Compare a hash of the batch and its plan over the ranks that share it (24 bytes each, on the CPU): a Trainer's
+    batches while the one before trains; an epoch's first and those of an evaluation before their forward."""
     profile: bool = False
     """Log bytes that attention moved, seconds that it waited and what its plans cost beside every loss of a Trainer;
     sap_hf/hf/profile.py says what each figure means."""

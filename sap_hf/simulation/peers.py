@@ -15,7 +15,7 @@ import numpy as np
 from sap_hf.planning.cost import Shape
 from sap_hf.planning.documents import Documents
 from sap_hf.planning.layout import Layout, contiguous
-from sap_hf.simulation.rings import chunked, exchange_heads, kinds, row_bytes, split_heads
+from sap_hf.simulation.rings import chunked, even_heads, exchange_heads, kinds, row_bytes
 from sap_hf.simulation.scheduled import executed, load
 from sap_hf.simulation.timing import FA3, FFA, Kernel, Load, Wire
 from sap_hf.strategies.sap import sap
@@ -31,7 +31,7 @@ def ulysses(documents: Documents, ranks: int, shape: Shape, node: int, kernel: K
     Raises:
         LayoutError: heads that `ranks` does not divide.
     """
-    local = split_heads(shape, ranks)
+    local = even_heads(shape, ranks)
     rows = documents.rows / ranks
     found, count = kinds(documents)
     lengths = found.astype(np.float64)

@@ -14,7 +14,7 @@ from sap_hf.planning.documents import Documents, Int64
 from sap_hf.simulation.timing import FA3, Kernel, Load, Wire
 
 
-def split_heads(shape: Shape, size: int) -> Shape:
+def even_heads(shape: Shape, size: int) -> Shape:
     """Heads of a rank after an exchange among `size` ranks; kv heads are replicated where they do not last."""
     if shape.num_heads % size:
         raise LayoutError(f"num_heads={shape.num_heads}: {size} ranks cannot share them evenly.")
@@ -85,7 +85,7 @@ def ring(
     Args:
         windows: places are passed through in so many windows, by two rings; None is one ring.
     """
-    local = split_heads(shape, inner)
+    local = even_heads(shape, inner)
     size, group = ranks // inner, local.num_heads // local.num_kv_heads
     lengths, count = kinds(documents)
     valid, part = chunked(lengths, 2 * size)
