@@ -18,7 +18,7 @@ from sap_hf.planning.hardware import PRESETS, find_hardware
 from sap_hf.planning.render import as_json, table
 from sap_hf.planning.workloads import WORKLOADS
 from sap_hf.planning.workloads import pack as workload
-from sap_hf.strategies.auto import candidates
+from sap_hf.strategies.auto import Request, candidates
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -72,20 +72,19 @@ def add(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    members = list(
-        candidates(
-            Documents.from_lengths(_lengths(options)),
-            options.cp,
-            options.strategy,
-            options.layout,
-            {options.window: 1},
-            options.delivery,
-            Shape(*options.heads, options.head_dim),
-            find_hardware(options.hardware),
-            options.max_remote_rows,
-            options.ulysses,
-        )
+    request = Request(
+        Documents.from_lengths(_lengths(options)),
+        options.cp,
+        strategy=options.strategy,
+        layout=options.layout,
+        windows={options.window: 1},
+        delivery=options.delivery,
+        shape=Shape(*options.heads, options.head_dim),
+        hardware=find_hardware(options.hardware),
+        max_remote_rows=options.max_remote_rows,
+        ulysses_size=options.ulysses,
     )
+    members = list(candidates(request))
     made = min(members, key=lambda member: member.seconds)
     if options.png is not None:
         draw(made, options.png)

@@ -30,7 +30,7 @@ from sap_hf.planning.hardware import PRESETS, Hardware, find_hardware
 from sap_hf.runtime.collectives import gather_rows, sum_over_ranks
 from sap_hf.runtime.device_program import compiled
 from sap_hf.runtime.group import CpGroup, agree, from_first, ranks_per_node
-from sap_hf.strategies import make_plan
+from sap_hf.strategies import Request, make_plan
 from sap_hf.strategies.auto import degrees
 
 PLANS_KEPT = 8
@@ -156,16 +156,18 @@ class Sharding:
 
     def _plan(self, cu_seqlens: bytes) -> Plan:
         made = make_plan(
-            Documents(np.frombuffer(cu_seqlens, np.int64).copy()),
-            self.group.size,
-            self.config.strategy,
-            self.config.layout,
-            self.windows,
-            self.config.delivery,
-            self._shape,
-            self._hardware,
-            self.config.max_remote_rows,
-            self._ulysses_size,
+            Request(
+                Documents(np.frombuffer(cu_seqlens, np.int64).copy()),
+                self.group.size,
+                strategy=self.config.strategy,
+                layout=self.config.layout,
+                windows=self.windows,
+                delivery=self.config.delivery,
+                shape=self._shape,
+                hardware=self._hardware,
+                max_remote_rows=self.config.max_remote_rows,
+                ulysses_size=self._ulysses_size,
+            )
         )
         # Here it may be ahead of the step; the first layer would wait for it.
         for window in self.windows:

@@ -19,7 +19,7 @@ from sap_hf.simulation.fit import TOOLS
 from sap_hf.simulation.peers import contiguous_needed
 from sap_hf.simulation.scheduled import planned
 from sap_hf.simulation.timing import Machine, Timed
-from sap_hf.strategies.auto import make_plan
+from sap_hf.strategies.auto import Request, make_plan
 
 OURS = "sap_hf"
 PEERS = {**TOOLS, "contiguous": contiguous_needed}
@@ -82,9 +82,7 @@ def compare(
     seconds: tuple[dict[str, list[tuple[float, float]]], ...] = ({}, {})
     layouts: dict[str, int] = {}
     for pack_ in documents:
-        plan = make_plan(
-            pack_, ranks, "auto", "auto", {None: 1}, "auto", shape, machine.hardware, ulysses_size="auto"
-        )
+        plan = make_plan(Request(pack_, ranks, shape=shape, hardware=machine.hardware, ulysses_size="auto"))
         chosen = f"{plan.layout} {plan.strategy}" + f" u{plan.ulysses_size}" * (plan.ulysses_size > 1)
         layouts[chosen] = layouts.get(chosen, 0) + 1
         timed: dict[str, Timed] = {OURS: planned(plan)}

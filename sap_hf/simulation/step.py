@@ -22,7 +22,7 @@ from sap_hf.planning.hardware import Hardware, find_hardware
 from sap_hf.planning.plan import Plan
 from sap_hf.planning.workloads import pack
 from sap_hf.simulation.compare import OURS
-from sap_hf.strategies.auto import make_plan
+from sap_hf.strategies.auto import Request, make_plan
 
 # Forward, gradient of the input, gradient of the weight: one matrix product each.
 BACKWARD_PRODUCTS = 2
@@ -306,6 +306,7 @@ def strategy_steps(
     training: Training = Training(),
 ) -> Iterator[tuple[str, TrainingStep]]:
     """A step on the pack under each of STRATEGIES, ours first, without those whose heads do not last."""
+    asked = Request(documents, ranks, shape=model.shape, hardware=hardware)
     for name, (strategy, layout, exchange) in STRATEGIES.items():
         sizes: Sequence[int | str] = [exchange]
         if exchange == "between":
@@ -313,9 +314,7 @@ def strategy_steps(
         elif strategy == "ulysses" and ranks > model.num_heads:
             sizes = []
         plans = (
-            make_plan(
-                documents, ranks, strategy, layout, {None: 1}, "auto", model.shape, hardware, None, size
-            )
+            make_plan(dataclasses.replace(asked, strategy=strategy, layout=layout, ulysses_size=size))
             for size in sizes
         )
         if sizes:
@@ -354,8 +353,9 @@ def predict(
     for workload in WORKLOADS:
         for size in rows:
             documents = Documents.from_lengths(pack(workload, size, np.random.default_rng(seed)))
+            asked = Request(documents, ranks, shape=model.shape, hardware=machine)
             for strategy, layout in PLANS:
-                made = make_plan(documents, ranks, strategy, layout, {None: 1}, "auto", model.shape, machine)
+                made = make_plan(dataclasses.replace(asked, strategy=strategy, layout=layout))
                 found.append(_prediction(made, workload, size, f"{strategy} {layout}", model, training))
     constants = {
         "hardware": dataclasses.asdict(machine),

@@ -19,7 +19,7 @@ from sap_hf.errors import ConfigError, DocumentError, LayoutError
 from sap_hf.planning.balance import balanced, portfolio
 from sap_hf.planning.cost import Shape
 from sap_hf.planning.documents import Documents, Int64
-from sap_hf.planning.hardware import Hardware, find_hardware
+from sap_hf.planning.hardware import PRESETS, Hardware, find_hardware
 from sap_hf.planning.heads import split_heads
 from sap_hf.planning.layout import LAYOUTS as MAKERS
 from sap_hf.planning.layout import Layout, contiguous, pairs_upto
@@ -37,6 +37,54 @@ STAGES = {True: (2,), False: (2, 4)}
 WAITING = 0.01
 # What is passed over is slower than the best one by more than the rounding of either sum.
 SURE = 1 + 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be planned, and what may be chosen for it; `plan` explains each.
+
+    Attributes:
+        windows: {window: number of layers}; None is full attention.
+    """
+
+    documents: Documents
+    cp_size: int
+    _: dataclasses.KW_ONLY
+    strategy: str = "auto"
+    layout: str = "auto"
+    windows: Mapping[Window, int] = dataclasses.field(default_factory=lambda: {None: 1})
+    delivery: str = "auto"
+    shape: Shape = dataclasses.field(default_factory=Shape)
+    hardware: Hardware = PRESETS["h100"]
+    max_remote_rows: int | None = None
+    ulysses_size: int | str = 1
+
+    def check(self) -> None:
+        """Refuse what no plan can be made for.
+
+        Raises:
+            LayoutError, ConfigError: as `plan`.
+        """
+        if isinstance(self.cp_size, bool) or not isinstance(self.cp_size, int) or self.cp_size < 1:
+            raise LayoutError(f"cp_size={self.cp_size!r}: a pack is shared by at least one rank.")
+        heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
+        if kv_heads < 1 or heads < 1 or heads % kv_heads:
+            raise LayoutError(f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}.")
+        if self.shape.head_dim < 1:
+            raise LayoutError(f"head_dim={self.shape.head_dim}: a head has at least one element.")
+        check_choice("strategy", self.strategy, STRATEGIES)
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("delivery", self.delivery, DELIVERIES)
+        check_delivery(self.strategy, self.delivery)
+        check_remote_rows(self.max_remote_rows)
+        check_ulysses_size(self.ulysses_size)
+        for window in self.windows:
+            if window is not None and window < 1:
+                raise ConfigError(
+                    f"window={window}: a query sees at least itself. Use None for full attention."
+                )
+        if not self.windows:
+            raise ConfigError("window={} names no layer. Use None for full attention.")
 
 
 def plan(
@@ -83,66 +131,28 @@ def plan(
         documents = Documents.from_cu_seqlens(cu_seqlens)
     else:
         raise DocumentError("Give either lengths or cu_seqlens: exactly one of them describes the pack.")
-    windows = dict(window) if isinstance(window, Mapping) else {window: 1}
-    shape = Shape(num_heads, num_kv_heads, head_dim, bytes_per_element)
     return make_plan(
-        documents,
-        cp_size,
-        strategy,
-        layout,
-        windows,
-        delivery,
-        shape,
-        find_hardware(hardware),
-        max_remote_rows,
-        ulysses_size,
-    )
-
-
-def make_plan(
-    documents: Documents,
-    cp_size: int,
-    strategy: str,
-    layout: str,
-    windows: Mapping[Window, int],
-    delivery: str,
-    shape: Shape,
-    hardware: Hardware,
-    max_remote_rows: int | None = None,
-    ulysses_size: int | str = 1,
-) -> Plan:
-    """`plan` for documents that exist already; "auto" takes the least modelled time, the earlier one on a tie."""
-    return min(
-        candidates(
+        Request(
             documents,
             cp_size,
-            strategy,
-            layout,
-            windows,
-            delivery,
-            shape,
-            hardware,
-            max_remote_rows,
-            ulysses_size,
-            prune=True,
-        ),
-        key=lambda made: made.seconds,
+            strategy=strategy,
+            layout=layout,
+            windows=dict(window) if isinstance(window, Mapping) else {window: 1},
+            delivery=delivery,
+            shape=Shape(num_heads, num_kv_heads, head_dim, bytes_per_element),
+            hardware=find_hardware(hardware),
+            max_remote_rows=max_remote_rows,
+            ulysses_size=ulysses_size,
+        )
     )
 
 
-def candidates(
-    documents: Documents,
-    cp_size: int,
-    strategy: str,
-    layout: str,
-    windows: Mapping[Window, int],
-    delivery: str,
-    shape: Shape,
-    hardware: Hardware,
-    max_remote_rows: int | None = None,
-    ulysses_size: int | str = 1,
-    prune: bool = False,
-) -> Iterator[Plan]:
+def make_plan(request: Request) -> Plan:
+    """The candidate with the least modelled time, the earlier one on a tie."""
+    return min(candidates(request, prune=True), key=lambda made: made.seconds)
+
+
+def candidates(request: Request, prune: bool = False) -> Iterator[Plan]:
     """Every plan that `make_plan` weighs, in its order: it returns the first of those with the least modelled time.
 
     Args:
@@ -151,30 +161,16 @@ def candidates(
     Raises:
         LayoutError, ConfigError: as `plan`.
     """
-    if isinstance(cp_size, bool) or not isinstance(cp_size, int) or cp_size < 1:
-        raise LayoutError(f"cp_size={cp_size!r}: a pack is shared by at least one rank.")
-    heads, kv_heads = shape.num_heads, shape.num_kv_heads
-    if kv_heads < 1 or heads < 1 or heads % kv_heads:
-        raise LayoutError(f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}.")
-    if shape.head_dim < 1:
-        raise LayoutError(f"head_dim={shape.head_dim}: a head has at least one element.")
-    check_choice("strategy", strategy, STRATEGIES)
-    check_choice("layout", layout, LAYOUTS)
-    check_choice("delivery", delivery, DELIVERIES)
-    check_delivery(strategy, delivery)
-    check_remote_rows(max_remote_rows)
-    check_ulysses_size(ulysses_size)
-    for window in windows:
-        if window is not None and window < 1:
-            raise ConfigError(f"window={window}: a query sees at least itself. Use None for full attention.")
-    if not windows:
-        raise ConfigError("window={} names no layer. Use None for full attention.")
-    if strategy == "auto" and delivery == "all_gather":
+    request.check()
+    strategy, windows, documents = request.strategy, request.windows, request.documents
+    if strategy == "auto" and request.delivery == "all_gather":
         strategy = "all_gather"
     best = math.inf
     pairs = pairs_upto(documents.lengths, windows).sum()
-    for size in degrees(cp_size, ulysses_size, strategy, delivery, heads):
-        first = "ulysses" if size == cp_size > 1 else "sap" if strategy == "auto" else strategy
+    heads = request.shape.num_heads
+    for size in degrees(request.cp_size, request.ulysses_size, strategy, request.delivery, heads):
+        first = "ulysses" if size == request.cp_size > 1 else "sap" if strategy == "auto" else strategy
+        groups = request.cp_size // size
 
         def planned(placement: Layout, size: int = size, first: str = first) -> Plan:
             return Plan(
@@ -183,20 +179,17 @@ def candidates(
                 strategy=first,
                 planner=PLANNERS[first],
                 windows=windows,
-                delivery=delivery,
-                shape=shape,
-                hardware=hardware,
-                max_remote_rows=max_remote_rows,
+                delivery=request.delivery,
+                shape=request.shape,
+                hardware=request.hardware,
+                max_remote_rows=request.max_remote_rows,
                 ulysses_size=size,
             )
 
-        if (
-            prune
-            and planned(contiguous(documents.rows, cp_size // size, size)).even_seconds(pairs) > best * SURE
-        ):
+        if prune and planned(contiguous(documents.rows, groups, size)).even_seconds(pairs) > best * SURE:
             continue
         weighed = [
-            planned(placement) for placement in placements(documents, cp_size // size, layout, windows, size)
+            planned(placement) for placement in placements(documents, groups, request.layout, windows, size)
         ]
         # The most even first: its time is the least that is known before a schedule is made.
         for made in sorted(weighed, key=lambda made: made.kernel_seconds):

@@ -19,7 +19,7 @@ from sap_hf.planning.documents import Documents
 from sap_hf.planning.hardware import PRESETS
 from sap_hf.runtime import transport
 from sap_hf.runtime.profile import Meter
-from sap_hf.strategies import make_plan
+from sap_hf.strategies import Request, make_plan
 from tests.hf import material
 from tests.hf.scenarios import Case, build
 from tests.hf.together import Together
@@ -196,21 +196,19 @@ def on_4(tmp_path_factory: pytest.TempPathFactory) -> Together:
 def plan_of(
     lengths: tuple[int, ...], cp_size: int, options: tuple[tuple[str, Any], ...], hardware: Any
 ) -> Any:
-    """The plan that attach makes for a pack; its bytes are those of float64."""
+    """The plan that attach makes for a pack in float64."""
     asked = dict(options)
-    plan = make_plan(
-        Documents.from_lengths(lengths),
-        cp_size,
-        asked.get("strategy", "auto"),
-        "auto",
-        {None: LAYERS},
-        "auto",
-        Shape(4, 2, 8),
-        hardware,
-        None,
-        asked.get("ulysses_size", "auto"),
+    return make_plan(
+        Request(
+            Documents.from_lengths(lengths),
+            cp_size,
+            strategy=asked.get("strategy", "auto"),
+            windows={None: LAYERS},
+            shape=Shape(4, 2, 8, 8),
+            hardware=hardware,
+            ulysses_size=asked.get("ulysses_size", "auto"),
+        )
     )
-    return dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, bytes_per_element=8))
 
 
 def expected(packs: Any, case: Case, steps: int = 1, hardware: Any = HARDWARE) -> dict[str, float]:

@@ -18,7 +18,7 @@ from sap_hf.planning.balance_search import Ranks, trade
 from sap_hf.planning.balance_swap import Problem
 from sap_hf.planning.render import share
 from sap_hf.simulation.placement import RANKS, placement_table
-from sap_hf.strategies.auto import candidates, placements
+from sap_hf.strategies.auto import Request, candidates, placements
 from tests.planning.cases import CORNERS, owners, packs, windows
 from tests.planning.test_schedule import hold_every_property
 
@@ -82,9 +82,8 @@ def test_auto_is_never_slower_under_the_model_than_any_member(lengths, cp_size, 
 
 def hold_that_pruning_changes_nothing(**options):
     auto = sap_hf.plan(**options)
-    plans = candidates(
-        auto.documents, auto.cp_size, "auto", "auto", auto.windows, "auto", auto.shape, auto.hardware
-    )
+    asked = {name: getattr(auto, name) for name in ("documents", "cp_size", "windows", "shape", "hardware")}
+    plans = candidates(Request(**asked))
     assert min(plans, key=lambda plan: plan.seconds).digest == auto.digest
 
 

@@ -13,15 +13,16 @@ from sap_hf.planning.cost import Shape
 from sap_hf.planning.hardware import PRESETS
 from sap_hf.planning.plan import Plan
 from sap_hf.planning.render import as_dict, as_json, figures, table
-from sap_hf.strategies.auto import candidates
+from sap_hf.strategies.auto import Request, candidates
 
 # Several ranks wait for rows here, so that stages and an all-gather are weighed too.
 LENGTHS = [1900, 310, 2750, 480, 1200, 95, 860, 597]
 
 
 def weighed(plan: Plan, strategy: str = "auto", layout: str = "auto") -> list[Plan]:
-    options = (plan.windows, plan.delivery, plan.shape, plan.hardware, plan.max_remote_rows)
-    return list(candidates(plan.documents, plan.cp_size, strategy, layout, *options))
+    names = ("documents", "cp_size", "windows", "delivery", "shape", "hardware", "max_remote_rows")
+    asked = {name: getattr(plan, name) for name in names}
+    return list(candidates(Request(**asked, strategy=strategy, layout=layout)))
 
 
 def lines_of(plan: Plan, members: list[Plan]) -> list[str]:
@@ -157,4 +158,4 @@ def test_a_layer_without_whole_groups_or_width_is_refused_when_weighed() -> None
     plan = sap_hf.plan(LENGTHS, cp_size=4)
     for shape in (Shape(8, 3, 64), Shape(8, 0, 64), Shape(8, 4, 0)):
         with pytest.raises(sap_hf.errors.LayoutError):
-            list(candidates(plan.documents, 4, "auto", "auto", {None: 1}, "auto", shape, plan.hardware))
+            list(candidates(Request(plan.documents, 4, shape=shape, hardware=plan.hardware)))

@@ -15,7 +15,7 @@ from sap_hf.simulation.peers import heap_of_chunks
 from sap_hf.simulation.rings import _hops
 from sap_hf.simulation.scheduled import _once_per_node, executed, load, planned
 from sap_hf.simulation.timing import EXACT, Machine
-from sap_hf.strategies import make_plan, sap
+from sap_hf.strategies import Request, make_plan, sap
 
 SHAPE = Shape(num_heads=16, num_kv_heads=4, head_dim=8, bytes_per_element=2)
 NODE = 4
@@ -187,7 +187,8 @@ def test_a_plan_takes_what_its_own_model_says_where_the_simulation_adds_nothing(
     links = {name: getattr(h100, name) / slower for name in names}
     hardware = dataclasses.replace(h100, call_seconds=1e-20, ranks_per_node=NODE, **links)
     documents = Documents.from_lengths(lengths(3))
-    plan = make_plan(documents, 8, strategy, "contiguous", {None: 1}, delivery, SHAPE, hardware, limit)
+    asked = Request(documents, 8, layout="contiguous", shape=SHAPE, hardware=hardware, max_remote_rows=limit)
+    plan = make_plan(dataclasses.replace(asked, strategy=strategy, delivery=delivery))
     plan = dataclasses.replace(plan, stages=stages)
     expected = plan.layer_seconds
     machine = Machine(hardware, eager_bytes_per_s=hardware.copy_bytes_per_s)
@@ -201,7 +202,8 @@ def test_a_plan_takes_what_its_own_model_says_where_the_simulation_adds_nothing(
 def test_a_plan_that_exchanges_heads_computes_every_pair_once(size):
     hardware = dataclasses.replace(PRESETS["h100"], ranks_per_node=NODE)
     documents = Documents.from_lengths(lengths(5))
-    plan = make_plan(documents, 8, "sap", "balanced", {None: 1}, "auto", SHAPE, hardware, ulysses_size=size)
+    asked = Request(documents, 8, strategy="sap", layout="balanced", shape=SHAPE, hardware=hardware)
+    plan = make_plan(dataclasses.replace(asked, ulysses_size=size))
     exact = load(plan.schedule(None), 8 // size, plan.outer_shape, NODE, EXACT).spread(size)
     assert exact.pairs().sum() == pytest.approx(documents.pairs() * SHAPE.num_heads, rel=1e-12)
     made = planned(plan)
