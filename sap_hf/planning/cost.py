@@ -23,6 +23,7 @@ from sap_hf.planning.schedule import (
 )
 
 Float64 = NDArray[np.float64]
+Travels = NDArray[np.bool_]
 # Matrix products of the backward over those of the forward: 5 (S, dP, dQ, dK, dV) to 2 (S, O).
 BACKWARD_FLOPS = 2.5
 
@@ -226,7 +227,8 @@ def layer_seconds(
     """
     cp_size = len(wires.link)
     held = tile_rows(schedule, cp_size)
-    busy = _busy(held, tile_pairs(schedule.tiles, schedule.window), shape, hardware, bool(schedule.stages))
+    travels = sharing(schedule, cp_size)
+    busy = _busy(held, tile_pairs(schedule.tiles, schedule.window), shape, hardware, travels)
     receives = np.array([len(step.transfers) > 0 for step in schedule.steps])
     # Local steps are the first row, whose rows travel nowhere.
     staged, staged_back = (
@@ -249,8 +251,8 @@ def layer_seconds(
         least_parts = np.zeros(cp_size)
         for taken, copied, parted, way in zip(
             (forward, backward),
-            copied_bytes(held, shape, bool(schedule.stages)),
-            copied_bytes(held.in_parts(), shape, False),
+            copied_bytes(held, shape, travels),
+            copied_bytes(held.in_parts(), shape, np.zeros_like(travels)),
             ways,
         ):
             other = (parted - copied).sum(axis=0) / hardware.copy_bytes_per_s
@@ -322,7 +324,7 @@ def _total(rows: Float64, ranks: int) -> Float64:
 
 
 def _busy(
-    held: TileRows, pairs: Int64, shape: Shape, hardware: Hardware, travels: bool
+    held: TileRows, pairs: Int64, shape: Shape, hardware: Hardware, travels: Travels
 ) -> tuple[Float64, Float64]:
     """(steps, W) seconds of each step's kernels and of the copies around them, forward and backward."""
     start = held.calls * hardware.call_seconds
@@ -371,14 +373,24 @@ def tile_rows(schedule: Schedule, cp_size: int) -> TileRows:
     return TileRows(at, queries, keys, calls)
 
 
-def copied_bytes(held: TileRows, shape: Shape, travels: bool) -> tuple[Float64, Float64]:
+def sharing(schedule: Schedule, cp_size: int) -> Travels:
+    """(W,) whether a rank takes part in exchanges: in a collective all do, else those that send or receive."""
+    travels = np.zeros(cp_size, bool)
+    for step in schedule.steps:
+        if len(step.transfers):
+            travels |= step.delivery != "p2p"
+            travels[step.transfers[:, :2].ravel()] = True
+    return travels
+
+
+def copied_bytes(held: TileRows, shape: Shape, travels: Travels) -> tuple[Float64, Float64]:
     """(steps, W) bytes that `runtime.attention` reads and writes around the kernels, forward and backward.
 
     Runs of rows that lie together are views there. Here the queries of causal calls are such runs, as they are in the
     layouts that keep documents together, and the keys of local ones.
 
     Args:
-        travels: rows are received at all. A rank that computes alone copies nothing.
+        travels: (W,) whether a rank sends or receives rows. One that computes alone copies nothing.
     """
     query, keys = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
     wire, wide = shape.bytes_per_element, max(4, shape.bytes_per_element)
@@ -395,13 +407,12 @@ def copied_bytes(held: TileRows, shape: Shape, travels: bool) -> tuple[Float64, 
     copied_back = query * (
         merges * ((3 * wide + 2 * wire) * causal + (2 * wide + 7 * wire) * full) + writes * 2 * wire * causal
     )
-    if travels:
-        # K and V are put beside what is received, and sums of dK and dV cleared and cast. Rows that a call does not
-        # read as they lie are gathered, and their gradients widened and added one by one.
-        rows = np.zeros_like(causal)
-        rows[0] = causal.sum(axis=0)
-        gathered = long_keys + full_keys
-        copied = copied + keys * (2 * wire * rows + 2 * wire * gathered)
-        sums = (3 * wire + 2 * wide) * rows + (2 * wide + wire) * own_keys
-        copied_back = copied_back + keys * (sums + (3 * wire + 4 * wide) * gathered)
+    # K and V are put beside what is received, and sums of dK and dV cleared and cast. Rows that a call does not read as
+    # they lie are gathered, and their gradients widened and added one by one.
+    rows = np.zeros_like(causal)
+    rows[0] = causal.sum(axis=0)
+    gathered = long_keys + full_keys
+    sums = (3 * wire + 2 * wide) * rows + (2 * wide + wire) * own_keys
+    copied = copied + travels * keys * (2 * wire * rows + 2 * wire * gathered)
+    copied_back = copied_back + travels * keys * (sums + (3 * wire + 4 * wide) * gathered)
     return copied.astype(np.float64), copied_back.astype(np.float64)

@@ -144,8 +144,9 @@ class Program:
 
     @functools.cached_property
     def alone(self) -> bool:
-        """Whether one call has all that this rank holds, and nothing travels."""
-        if self.exchanges or len(self.calls) != 1 or self.merges:
+        """Whether one call has all that this rank holds, and nothing comes or leaves: it takes part in no exchange."""
+        shares = any(e.delivery != "p2p" or e.sends or e.receives for e in self.exchanges)
+        if shares or len(self.calls) != 1 or self.merges:
             return False
         return self.filled and self.calls[0].q.start == 0
 

@@ -278,3 +278,12 @@ def test_local_work_runs_while_rows_are_in_flight(lengths, cp_size, names, windo
         before = {operation.at for operation in program.forward[:first_wait] if operation.kind == "attend"}
         local &= {operation.at for operation in program.forward if operation.kind == "attend"}
         assert local <= before, "a local call waits for remote rows"
+
+
+def test_a_rank_whose_documents_are_its_own_takes_part_in_no_message():
+    # Documents on ranks 0 and 1 together, on 2, and on 3.
+    plan = sap_hf.plan([14, 2, 8, 5, 3], cp_size=4, strategy="sap", layout="contiguous", delivery="p2p")
+    alone = [compile_program(plan, rank).alone for rank in range(4)]
+    assert alone == [False, False, True, True]
+    together = dataclasses.replace(plan, delivery="all_to_all")
+    assert not any(compile_program(together, rank).alone for rank in range(4)), "a collective needs every rank"
