@@ -7,7 +7,6 @@ same to the last bit on every rank: elementwise operations and sums in index ord
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,86 +97,6 @@ class Wires:
     link: Float64
 
 
-def wire_seconds(
-    schedule: Schedule, names: Sequence[str], cp_size: int, shape: Shape, hardware: Hardware
-) -> Wires:
-    """Each stage by the delivery among `names` that takes least there and back, the earlier one on a tie.
-
-    Inside the node and between nodes different links carry the rows, at the same time. An all-gather brings every row
-    to a node once, spread over its ranks, its own ones too (NCCL's and gloo's ring); dK/dV come home by an all-to-all.
-    """
-    steps = [step.transfers for step in schedule.steps if len(step.transfers)]
-    stages, node = len(steps), hardware.ranks_per_node
-    if not stages:
-        none = np.zeros((0, cp_size))
-        return Wires((), none, none, np.zeros(cp_size))
-    source, destination, start, stop = np.concatenate(steps).T
-    stage = np.repeat(np.arange(stages), [len(transfers) for transfers in steps])
-    amount = (stop - start) * shape.bytes_per_row
-    # [inside or outside the node, stage, rank]
-    at = ((source // node != destination // node) * stages + stage) * cp_size
-    sent, received = (
-        sum_by(at + rank, amount, 2 * stages * cp_size).reshape(2, stages, cp_size)
-        for rank in (source, destination)
-    )
-    busiest = np.maximum(sent, received)
-    link = link_seconds(busiest[0], sent[1], received[1], hardware)
-    messages = [
-        np.bincount(stage * cp_size + rank, minlength=stages * cp_size) for rank in (source, destination)
-    ]
-    peers = np.zeros((stages, cp_size, cp_size), bool)
-    peers[stage, source, destination] = True
-    ways: list[tuple[Float64, Float64]] = []
-    for name in names:
-        if name == "p2p":
-            way = _started(link, np.maximum(*messages).reshape(stages, cp_size), hardware)
-            ways.append((way, way))
-            continue
-        # Rows of many places are read and written once more, to lie together when they are sent.
-        count = np.maximum(peers.sum(axis=1), peers.sum(axis=2))
-        there, back = (
-            _started(link + (packed * 2).sum(axis=0) / hardware.copy_bytes_per_s, count, hardware)
-            for packed in (sent, received)
-        )
-        if name == "all_gather":
-            ranks = min(node, cp_size)
-            # A ring through all ranks: what a node receives passes it once, over the links of all its ranks.
-            total = busiest.sum(axis=0)
-            near, far = (total * (ranks - 1) // ranks, total // ranks) if node < cp_size else busiest
-            hops = ranks + cp_size // ranks - 2
-            there = (
-                link_seconds(near, far, far, hardware)
-                + hardware.step_seconds
-                + hops * hardware.message_seconds
-            )
-        ways.append((there, back))
-    whole = sent.sum(axis=1), received.sum(axis=1)
-    best = np.argmin([there.max(axis=1) + back.max(axis=1) for there, back in ways], axis=0).tolist()
-    return Wires(
-        tuple(names[way] for way in best),
-        np.stack([ways[way][0][i] for i, way in enumerate(best)]),
-        np.stack([ways[way][1][i] for i, way in enumerate(best)]),
-        link_seconds(np.maximum(*whole)[0], whole[0][1], whole[1][1], hardware),
-    )
-
-
-def gather_link_seconds(held: Int64, shape: Shape, hardware: Hardware) -> tuple[Float64, Float64]:
-    """(W,) seconds that links need at least to bring all ranks' (W,) `held` rows to every rank, and dK/dV home."""
-    cp_size, node = len(held), hardware.ranks_per_node
-    nodes = np.arange(cp_size) // node
-    ranks = np.bincount(nodes)[nodes]
-    near = sum_by(nodes, held, int(nodes[-1]) + 1)[nodes]
-    inside = np.maximum(held * (ranks - 1), near - held)
-    outside = np.maximum(held * (cp_size - ranks), held.sum() - near)
-    inside, outside = inside * shape.bytes_per_row, outside * shape.bytes_per_row
-    home = link_seconds(inside, outside, outside, hardware)
-    if node >= cp_size:
-        return home, home
-    total = inside + outside
-    once = link_seconds(total * (node - 1) // node, total // node, total // node, hardware)
-    return np.minimum(once, home), home
-
-
 def kernel_seconds(pairs: Int64, rows: Int64, layers: int, shape: Shape, hardware: Hardware) -> Float64:
     """Seconds of kernels at least, forward and backward, for so many pairs of all layers and rows in each.
 
@@ -189,31 +108,6 @@ def kernel_seconds(pairs: Int64, rows: Int64, layers: int, shape: Shape, hardwar
         BACKWARD_FLOPS / hardware.backward_flops_per_s
     )
     return computing + 2 * layers * around
-
-
-def link_seconds(
-    inside: Float64 | Int64, sent: Float64 | Int64, received: Float64 | Int64, hardware: Hardware
-) -> Float64:
-    """(..., W) seconds of bytes inside the node, and of those that leave for other nodes and come from them.
-
-    Both travel at the same time, and in both directions. Ranks of one node share its way to other nodes.
-    """
-    ranks, node = inside.shape[-1], hardware.ranks_per_node
-    first = np.arange(0, ranks, node)
-    of_node = (np.add.reduceat(way, first, axis=-1) for way in (sent, received))
-    shared = np.repeat(np.maximum(*of_node), np.diff(first, append=ranks), axis=-1)
-    # A rank has its share at least, and no more than a rank alone; with the node's last byte it is done, too.
-    own = np.maximum(sent, received)
-    done = np.minimum(own / hardware.network_bytes_per_s, shared / (hardware.network_bytes_per_s * node))
-    network = np.maximum(own / hardware.network_alone_bytes_per_s, done)
-    seconds: Float64 = np.maximum(inside / hardware.node_bytes_per_s, network)
-    return seconds
-
-
-def _started(seconds: Float64, messages: Int64, hardware: Hardware) -> Float64:
-    """`seconds`, and what it costs to start that many messages as one group."""
-    total: Float64 = seconds + messages * hardware.message_seconds + hardware.step_seconds * (messages > 0)
-    return total
 
 
 def layer_seconds(

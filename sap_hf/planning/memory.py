@@ -1,8 +1,8 @@
 """Memory: the bytes that a program's execution holds, before it runs.
 
 (Program, Shape) -> bytes. It follows the executor tensor by tensor: the arena, what the parts of all calls are put
-together in, and for each kernel call the rows that are gathered for it and what it returns. What a kernel allocates for
-itself is not in it.
+together in, for each kernel call the rows that are gathered for it and what it returns, and around all of it the
+exchange of heads. What a kernel allocates for itself is not in it; kv heads that are repeated for it are.
 """
 
 from __future__ import annotations
@@ -10,27 +10,38 @@ from __future__ import annotations
 import dataclasses
 
 from sap_hf.planning.cost import Shape
+from sap_hf.planning.heads import Heads, split_heads
 from sap_hf.planning.program import Call, Operation, Program, Rows
 
-# Elements per row and head that merging keeps beside the outputs: lse of both parts and their weights.
-MERGE = 6
+# Elements per row and head that merging keeps: while the weights of both parts are computed, and once they are.
+WEIGHING, WEIGHED = 5, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class _Widths:
-    """Bytes of one row: of q and out, of K and V, of one number per head; in the wire's dtype or the accumulators'."""
+    """Bytes of one row: of q and out, of K and V, of one number per head; in the wire's dtype or the accumulators'.
+
+    Attributes:
+        uneven: kv heads have different numbers of readers; K and V are repeated for each query head.
+    """
 
     query: int
     keys: int
     wide_query: int
     wide_keys: int
     head: int
+    uneven: bool
 
     @classmethod
-    def of(cls, shape: Shape) -> _Widths:
+    def of(cls, shape: Shape, uneven: bool = False) -> _Widths:
         wire, wide = shape.bytes_per_element, max(4, shape.bytes_per_element)
         query, keys = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
-        return cls(query * wire, keys * wire, query * wide, keys * wide, shape.num_heads * wide)
+        return cls(query * wire, keys * wire, query * wide, keys * wide, shape.num_heads * wide, uneven)
+
+    @property
+    def repeated(self) -> int:
+        """K and V with a head for each query head."""
+        return 2 * self.query if self.uneven else 0
 
 
 def arena_bytes(program: Program, shape: Shape) -> int:
@@ -45,15 +56,52 @@ def arena_bytes(program: Program, shape: Shape) -> int:
     return (program.buffer_rows + sent) * width.keys + program.buffer_rows * width.wide_keys
 
 
-def peak_bytes(program: Program, shape: Shape) -> int:
-    """Most bytes that one layer holds beside q, k, v, out and dout, forward or backward.
+def peak_bytes(program: Program, shape: Shape, ulysses_size: int = 1) -> tuple[int, int]:
+    """Most bytes that one layer's forward, and its backward, hold beside q, k, v, out and dout of the rank's rows.
 
     Args:
-        shape: its bytes_per_element is that of q, k and v, and of what the kernel returns; accumulators have 4 or 8.
+        shape: of the layer, all heads; its bytes_per_element is that of q, k and v, and of what the kernel returns;
+            accumulators have 4 or 8.
+        ulysses_size: ranks that exchange heads, of which `program` is for one.
     """
-    width = _Widths.of(shape)
+    split = split_heads(shape.num_heads, shape.num_kv_heads, ulysses_size)
+    its = split[program.rank % ulysses_size]
+    mine = dataclasses.replace(shape, num_heads=its.q_count, num_kv_heads=its.kv_count)
+    width = _Widths.of(mine, uneven=not its.even)
+    forward, backward = _forward(program, width), _backward(program, width)
+    if ulysses_size > 1:
+        forward, backward = _exchanged(_own(program), width, _Widths.of(shape), split, forward, backward)
     # The arena is never smaller than the backward of an earlier layer made it.
-    return arena_bytes(program, shape) + max(_forward(program, width), _backward(program, width))
+    of_arena = arena_bytes(program, mine)
+    return of_arena + forward, of_arena + backward
+
+
+def _exchanged(
+    rows: int, width: _Widths, outer: _Widths, split: tuple[Heads, ...], forward: int, backward: int
+) -> tuple[int, int]:
+    """Forward and backward with what the exchange of heads holds around the attention of this rank's heads.
+
+    Args:
+        rows: of all neighbours.
+        width, outer: a row of this rank's heads, and of all heads.
+        forward, backward: of that attention, beside its q, k, v, out and dout.
+    """
+    own, copies, kv_heads = rows // len(split), sum(its.kv_count for its in split), split[-1].kv.stop
+    # q, k and v of this rank's rows as they travel, and of all rows as they arrive; out of both.
+    sent, arrived = own * (outer.query + outer.keys // kv_heads * copies), rows * (width.query + width.keys)
+    out, attended = own * outer.query, rows * width.query
+    gradients = own * (outer.query + outer.keys)
+    # Gradients of kv heads that went to several ranks are summed in wide accumulators.
+    if copies > kv_heads and outer.keys < outer.wide_keys:
+        gradients += own * outer.wide_keys
+    # Out comes home beside the one that left, and is put in order beside what came.
+    exchanging = max(sent, attended + rows * width.head + 2 * out)
+    # Once dq, dk and dv of all rows are there, q, k, v, out and dout are gone. They are put together to leave.
+    returning = sent + max(arrived, gradients)
+    return (
+        arrived + max(exchanging, attended + forward) - out,
+        arrived + max(returning, 2 * attended + backward),
+    )
 
 
 def _forward(program: Program, width: _Widths) -> int:
@@ -61,12 +109,13 @@ def _forward(program: Program, width: _Widths) -> int:
     # Where no row has two parts, they are put together in out itself.
     room = own * (width.head + (width.wide_query if program.merges else width.query))
     # In the end out leaves its accumulator.
-    most = room + (own * width.query if program.merges else 0)
+    most = room + (own * width.query if _widens(program, width) else 0)
     held = 0
     for call in _attended(program, program.forward):
         keys, results = _gathered(call.k) * width.keys, len(call.q.index) * (width.query + width.head)
-        # What was gathered of q is gone when the kernel has returned.
-        most = max(most, held + keys + results + _gathered(call.q) * width.query)
+        # What was gathered of q, and repeated of K and V, is gone when the kernel has returned.
+        given = _gathered(call.q) * width.query + len(call.k.index) * width.repeated
+        most = max(most, held + keys + results + given)
         if held == 0 and call.q.start == 0 and len(call.q.index) == own:
             # The part is the whole, or is widened to it.
             most = max(most, keys + results + (own * width.wide_query if _widens(program, width) else 0))
@@ -83,13 +132,13 @@ def _forward(program: Program, width: _Widths) -> int:
 
 def _merging(call: Call, width: _Widths) -> int:
     """Bytes while a part is merged into the rows that it belongs to."""
-    largest = max(len(turn) for turn in call.q.rounds)
-    merged = largest * MERGE * width.head
+    row = WEIGHING * width.head
     if call.q.start is None:
-        merged += largest * width.wide_query
+        # Rows of out are gathered when the weights are known.
+        row = WEIGHED * width.head + width.wide_query
     if len(call.q.rounds) > 1:
-        merged += largest * (width.query + width.head)
-    return merged
+        row += width.query + width.head
+    return max(len(turn) for turn in call.q.rounds) * row
 
 
 def _backward(program: Program, width: _Widths) -> int:
@@ -102,17 +151,28 @@ def _backward(program: Program, width: _Widths) -> int:
     for call in _attended(program, program.backward):
         keys = _gathered(call.k) * width.keys
         results = len(call.q.index) * width.query + len(call.k.index) * width.keys
-        most = max(most, held + keys + results + _gathered(call.q) * (3 * width.query + width.head))
+        given = _gathered(call.q) * (3 * width.query + width.head)
+        most = max(most, held + keys + given + max(results, _repeating(call, width)))
         if not program.merges:
             # The part of all rows is dq.
             held = room - (room if call.q.start == 0 and len(call.q.index) == own else 0)
-        most = max(most, held + keys + results + max(_adding(call, program, width), 0))
+        most = max(most, held + keys + results + _adding(call, program, width))
         held = room
     for exchange in program.exchanges:
         if exchange.packed is not None:
             largest = max((message.stop - message.start for message in exchange.sends), default=0)
             most = max(most, held + largest * width.wide_keys)
     return own * width.head + most
+
+
+def _repeating(call: Call, width: _Widths) -> int:
+    """Bytes of dq, and of K, V, dK and dV with a head for each query head; the readers' dK and dV are summed."""
+    if not width.uneven:
+        return 0
+    # When dV is summed there is dK; the sums are put together beside themselves. Later they are wide, but this is more.
+    summing = 3 * width.wide_keys // 2
+    rows = width.repeated + max(width.repeated, summing)
+    return len(call.q.index) * width.query + len(call.k.index) * rows
 
 
 def _adding(call: Call, program: Program, width: _Widths) -> int:
@@ -123,8 +183,8 @@ def _adding(call: Call, program: Program, width: _Widths) -> int:
         (call.k, width.keys // 2, width.wide_keys // 2),
     ):
         if rows is not None and rows.start is None:
-            largest = max(len(turn) for turn in rows.rounds)
-            most = max(most, largest * ((wire if len(rows.rounds) > 1 else 0) + (wide if wire < wide else 0)))
+            picked, widened = wire if len(rows.rounds) > 1 else 0, wide if wire < wide else 0
+            most = max(most, *(len(turn) * (picked + widened) for turn in rows.rounds))
     return most
 
 

@@ -19,6 +19,7 @@ from sap_hf.planning.hardware import Hardware
 from sap_hf.planning.heads import head_seconds, rank_shapes
 from sap_hf.planning.layout import Layout, pairs_held, rows_held
 from sap_hf.planning.schedule import DESTINATION, START, STOP, Schedule, Step, sum_by
+from sap_hf.planning.wires import gather_link_seconds, wire_seconds
 
 Window = int | None
 Planner = Callable[[Documents, Layout, Window, int, bool], Schedule]
@@ -136,7 +137,7 @@ class Plan:
             whole = self.strategy == "all_gather" and self.ulysses_size == 1
             names = ("p2p", "all_to_all", *(("all_gather",) if whole else ()))
         groups = self.placement.cp_size
-        wires = cost.wire_seconds(made, names, groups, self.outer_shape, self.outer_hardware)
+        wires = wire_seconds(made, names, groups, self.outer_shape, self.outer_hardware)
         delivery = iter(wires.deliveries)
         steps = tuple(
             Step(step.transfers, step.tiles, next(delivery)) if len(step.transfers) else step
@@ -267,7 +268,7 @@ class Plan:
     def gathers_faster(self) -> bool:
         """Whether a collective could bring every row to every rank, and dK/dV home, in less time than the rows take."""
         held = rows_held(self.documents, self.placement)
-        there, home = cost.gather_link_seconds(held, self.outer_shape, self.outer_hardware)
+        there, home = gather_link_seconds(held, self.outer_shape, self.outer_hardware)
         taken = (self._schedules[self.schedule(window).window][1] for window in self.windows)
         return any(
             (there + home).max() < (wires.there.sum(axis=0) + wires.back.sum(axis=0)).max() for wires in taken
@@ -275,16 +276,17 @@ class Plan:
 
     @functools.cached_property
     def peak_bytes(self) -> int:
-        """Bytes that attention holds beside q, k, v and out on the busiest rank at its peak.
+        """Bytes that a layer holds beside q, k, v, out and dout of a rank's rows, on the busiest rank at its peak.
 
-        What a kernel allocates for itself, and q, k and v of exchanged heads, come on top.
+        The buffers of the exchanges, what arrives in them, parts until they are merged, dq, dk and dv; with exchanged
+        heads also the neighbours' q, k, v and out, which every layer keeps until its backward. Not in it: what a kernel
+        allocates for itself, attention sinks, copies in autocast's dtype, and rows that remote_kv="keep" holds.
         """
         from sap_hf.planning.compile import compile_program
         from sap_hf.planning.memory import peak_bytes
 
-        shapes = rank_shapes(self.shape, self.ulysses_size)
         return max(
-            peak_bytes(compile_program(self, rank, window), shapes[rank % self.ulysses_size])
+            max(peak_bytes(compile_program(self, rank, window), self.shape, self.ulysses_size))
             for window in self.windows
             for rank in range(self.cp_size)
         )

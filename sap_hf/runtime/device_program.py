@@ -34,8 +34,10 @@ class DeviceRows:
             return
         # No row repeats within one index_add_: its result does not depend on the order of atomic adds.
         for rows, positions in self.rounds or ((self.at, None),):
-            piece = part if positions is None else part.index_select(0, positions)
-            buffer.index_add_(0, rows, piece.to(buffer.dtype))
+            # Nothing of a round is held while the next is picked.
+            buffer.index_add_(
+                0, rows, (part if positions is None else part.index_select(0, positions)).to(buffer.dtype)
+            )
 
     def put(self, buffer: torch.Tensor, part: torch.Tensor) -> None:
         """Write part to the rows, none of which repeats."""

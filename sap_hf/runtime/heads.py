@@ -110,12 +110,17 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         exchange, shapes = ctx.exchange, ctx.shapes
         widths = [_widths(its, shapes) for its in exchange.heads]
-        merged = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
-        parts = exchange.to_rows(merged, [sum(h * d for h, d in its) for its in widths])
-        dtype = merged.dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        dq = merged.new_empty(shapes[0])
-        dk, dv = (torch.zeros(shape, dtype=wide, device=merged.device) for shape in shapes[1:])
+        # Without a name, what leaves is gone when the gradients of this rank's rows have come.
+        parts = exchange.to_rows(
+            torch.cat([gradient.flatten(1) for gradient in gradients], dim=1),
+            [sum(h * d for h, d in its) for its in widths],
+        )
+        dtype = parts[0].dtype
+        # Gradients of a kv head that went to one rank alone are not summed, and need no wider room.
+        shared = sum(its.kv_count for its in exchange.heads) > shapes[1][1]
+        wide = torch.promote_types(dtype, torch.float32) if shared else dtype
+        dq = parts[0].new_empty(shapes[0])
+        dk, dv = (parts[0].new_zeros(shape, dtype=wide) for shape in shapes[1:])
         for its, width, part in zip(exchange.heads, widths, parts, strict=True):
             part_q, part_k, part_v = _apart(part, width)
             dq[:, its.q] = part_q

@@ -126,7 +126,7 @@ def executed(schedule: Schedule, ranks: int, shape: Shape, node: int, kernel: Ke
 def _wire(
     step: Step, ranks: int, bytes_per_row: int, node: int, returning: bool, group_cast: bool
 ) -> tuple[Float64, ...]:
-    """The four columns of Wire, (W,) each, as `planning.cost.wire_seconds` counts them.
+    """The four columns of Wire, (W,) each, as `planning.wires.wire_seconds` counts them.
 
     In a group cast a row goes to another node once and is handed on inside, by kernels that read rows where they lie.
     """

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sap_hf.planning.cost import BACKWARD_FLOPS, Float64, Shape, beside, in_stages, link_seconds
+from sap_hf.planning.cost import BACKWARD_FLOPS, Float64, Shape, beside, in_stages
 from sap_hf.planning.hardware import Hardware
+from sap_hf.planning.wires import link_seconds
 
 
 @dataclasses.dataclass(frozen=True)

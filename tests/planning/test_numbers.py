@@ -13,8 +13,8 @@ from hypothesis import given
 
 import sap_hf
 from sap_hf.errors import ConfigError, DocumentError, LayoutError, SapError
-from sap_hf.planning.cost import link_seconds
 from sap_hf.planning.hardware import PRESETS
+from sap_hf.planning.wires import link_seconds
 from tests.planning.cases import LAYOUTS, STRATEGIES, both, packs, ranks, windows
 
 

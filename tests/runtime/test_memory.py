@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import sap_hf
-from sap_hf.runtime import arena
+from sap_hf.planning.compile import compile_program
+from sap_hf.planning.memory import peak_bytes
+from sap_hf.runtime import arena, transport
 from sap_hf.runtime.device_program import load
 from tests.dist import run_ranks
-from tests.runtime.memory import LiveBytes
+from tests.runtime.memory import CopyingTransport, LiveBytes
 
-WORLD, HEADS, KV_HEADS, HEAD_DIM = 4, 8, 2, 64
+WORLD, HEAD_DIM = 4, 64
 LENGTHS = (300, 50, 120, 700, 64, 80, 90)
 OPTIONS = [
     {"layout": "contiguous", "delivery": "p2p"},
@@ -26,7 +28,30 @@ OPTIONS = [
     {"layout": "zigzag", "delivery": "p2p", "max_remote_rows": 64},
     {"layout": "zigzag", "strategy": "all_gather", "delivery": "all_gather"},
     {"layout": "contiguous", "delivery": "p2p", "window": 33},
+    {"layout": "zigzag", "delivery": "p2p", "bytes_per_element": 4},
+    {"layout": "balanced", "delivery": "p2p", "bytes_per_element": 4},
+    {"layout": "contiguous", "delivery": "p2p", "whole": False, "bytes_per_element": 4},
+    {"cp_size": 1},
+    {"cp_size": 1, "window": 33},
+    # Heads exchanged among all ranks: kv heads go to one rank each, to two, to several of unequal parts.
+    {"ulysses_size": 4, "num_kv_heads": 8},
+    {"ulysses_size": 4, "num_kv_heads": 4},
+    {"ulysses_size": 4},
+    {"ulysses_size": 4, "bytes_per_element": 4},
+    {"ulysses_size": 4, "num_heads": 9, "num_kv_heads": 3},
+    {"ulysses_size": 4, "num_heads": 9, "num_kv_heads": 3, "bytes_per_element": 4},
+    {"ulysses_size": 4, "lengths": (*LENGTHS[:-1], LENGTHS[-1] - 1)},
+    # And among two, with rows shared by two such pairs.
+    {"ulysses_size": 2, "layout": "zigzag", "num_kv_heads": 8},
+    {"ulysses_size": 2, "layout": "balanced", "delivery": "all_to_all", "whole": False},
+    {"ulysses_size": 2, "layout": "zigzag", "num_heads": 9, "num_kv_heads": 3},
+    {"ulysses_size": 2, "layout": "zigzag", "num_heads": 9, "num_kv_heads": 3, "whole": False, "stages": 2},
+    {"ulysses_size": 2, "layout": "zigzag", "num_heads": 9, "num_kv_heads": 3, "bytes_per_element": 4},
+    {"ulysses_size": 2, "strategy": "ring", "layout": "zigzag", "num_heads": 9, "num_kv_heads": 9},
+    {"ulysses_size": 2, "layout": "zigzag", "max_remote_rows": 64, "num_kv_heads": 1},
+    {"ulysses_size": 2, "layout": "contiguous", "window": 33, "num_heads": 9, "num_kv_heads": 3},
 ]
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 class Hollow:
@@ -42,26 +67,27 @@ class Hollow:
 def make(options):
     form = {name: value for name, value in options.items() if name in ("whole", "stages")}
     asked = {name: value for name, value in options.items() if name not in form}
-    made = sap_hf.plan(
-        LENGTHS, cp_size=WORLD, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, **asked
-    )
+    usual = {"lengths": LENGTHS, "cp_size": WORLD, "num_heads": 8, "num_kv_heads": 2, "head_dim": HEAD_DIM}
+    made = sap_hf.plan(**{**usual, **asked})
     return dataclasses.replace(made, **{"whole": True, "stages": 1, **form})
 
 
 def bytes_held(rank, world, cases):
-    """The most bytes beside q, k, v, out and dout during one layer, after a first one has made the arena."""
+    """The most bytes beside q, k, v, out and dout in a layer's forward and backward; of the arena between layers."""
     importlib.import_module("sap_hf.runtime.attention")._pick = lambda *args, **kwargs: (Hollow(), "")
     found = []
     for options in cases:
         plan = make(options)
-        rows, window = plan.rows_per_rank, options.get("window")
-        shapes = [(rows, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-        q, k, v = (torch.ones(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+        rows, window, dtype = plan.rows_per_rank, options.get("window"), DTYPES[plan.shape.bytes_per_element]
+        heads = (plan.shape.num_heads, plan.shape.num_kv_heads, plan.shape.num_kv_heads)
+        q, k, v = (torch.ones((rows, count, HEAD_DIM), dtype=dtype, requires_grad=True) for count in heads)
         # Compiles the program, which lives as long as the plan.
         sap_hf.attention(q, k, v, plan, window=window).sum().backward()
         arena.free()
-        indices = [index for index in load(plan, rank, window, q.device).packed if index is not None]
-        with LiveBytes(q, k, v, *indices) as counted:
+        indices = [
+            index for index in load(plan, rank % plan.cp_size, window, q.device).packed if index is not None
+        ]
+        with transport.using(CopyingTransport()), LiveBytes(q, k, v, *indices) as counted:
             sap_hf.attention(q, k, v, plan, window=window).sum().backward()
             q.grad = k.grad = v.grad = None
             of_arena = counted.peak = counted.live
@@ -70,7 +96,7 @@ def bytes_held(rank, world, cases):
             dout = torch.ones_like(out)
             counted.peak = counted.live
             out.backward(dout)
-        found.append((max(forward, counted.peak - out.nbytes - dout.nbytes), of_arena))
+        found.append(((forward, counted.peak - out.nbytes - dout.nbytes), of_arena))
     return found
 
 
@@ -81,13 +107,23 @@ def held():
 
 
 @pytest.mark.parametrize("number", range(len(OPTIONS)), ids=lambda i: "-".join(map(str, OPTIONS[i].values())))
-def test_the_fullest_rank_holds_what_the_plan_says(held, number):
-    assert max(peak for peak, _ in held[number]) == make(OPTIONS[number]).peak_bytes
+def test_every_rank_holds_what_its_program_says_and_the_fullest_what_the_plan_says(held, number):
+    plan = make(OPTIONS[number])
+    peaks = [peak for peak, _ in held[number][: plan.cp_size]]
+    window = OPTIONS[number].get("window")
+    programs = [compile_program(plan, rank, window) for rank in range(plan.cp_size)]
+    assert peaks == [peak_bytes(program, plan.shape, plan.ulysses_size) for program in programs]
+    assert max(map(max, peaks)) == plan.peak_bytes
 
 
 def test_between_layers_only_the_arena_is_held(held):
     for options, ranks in zip(OPTIONS, held, strict=True):
-        assert all(0 < between < make(options).peak_bytes for _, between in ranks)
+        plan = make(options)
+        # Without rows to exchange there is none.
+        has_arena = any(
+            not compile_program(plan, rank, w).alone for rank in range(plan.cp_size) for w in plan.windows
+        )
+        assert all((between > 0) == has_arena and between < plan.peak_bytes for _, between in ranks)
 
 
 def test_fewer_remote_rows_at_once_take_fewer_bytes():
