@@ -1,15 +1,19 @@
 # make env        build .venv from this folder alone; a second start reuses it
 # make sft        fine-tune SmolLM2-135M on packed chats: on 2 CPU processes, or on all GPUs where there are any
 # make pretrain   the same model goes on with long documents
-# make test       all tests
+# make test       all tests, with one model family of each kind
+# make matrix     all model families; writes docs/models.md
 # make lint       ruff and mypy
+# make gpu-proof  on real GPUs: parity, speed, longest context, a trace, and how far the predictions were off
 # make clean      remove what make env and the tests built; outputs/ stays
 #
 # PYTHON    the interpreter to build from; when it imports torch >= 2.11, that torch is used
 # PIP_ARGS  more arguments for every pip call, e.g. PIP_ARGS="--index-url URL"
+# PROOF_ARGS  more arguments for make gpu-proof, e.g. PROOF_ARGS="--parts environment parity"
 
 PYTHON ?= python3
 PIP_ARGS ?=
+PROOF_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,7 +43,7 @@ else
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: env sft pretrain test lint clean
+.PHONY: env sft pretrain test matrix lint gpu-proof clean
 
 env: $(STAMP)
 
@@ -74,10 +78,16 @@ pretrain: env
 test: env
 	$(BIN)/python -m pytest
 
+matrix: env
+	$(BIN)/python -m pytest tests/models -m 'matrix or not matrix'
+
 lint: env
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+gpu-proof: env
+	$(BIN)/python benchmarks/gpu_proof.py --out outputs/gpu-proof $(PROOF_ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

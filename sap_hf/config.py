@@ -13,7 +13,7 @@ STRATEGIES = ("auto", "sap", "all_gather", "ring", "ulysses")
 LAYOUTS = ("auto", "contiguous", "zigzag", "balanced")
 DELIVERIES = ("auto", "p2p", "all_to_all", "all_gather")
 REMOTE_KV = ("refetch", "keep")
-KERNELS = ("auto", "reference", "sdpa", "varlen", "flash")
+KERNELS = ("auto", "reference", "sdpa", "varlen", "flash", "flex")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

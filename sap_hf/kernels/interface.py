@@ -19,6 +19,9 @@ __all__ = ["Kernel", "Segments", "pick"]
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_MAX_HEAD_DIM = 256
+NAMES = ("reference", "sdpa", "varlen", "flash", "flex")
+# Besides the reference, by device; the fastest first.
+FASTEST = {"cpu": ("sdpa",), "cuda": ("flash", "varlen", "flex")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,70 +156,72 @@ def pick(
     """Choose the kernel: by name, or the fastest that is exact for what is asked.
 
     Args:
-        name: auto | reference | sdpa | varlen | flash.
+        name: auto | reference | sdpa | varlen | flash | flex.
         dtype: of q, k and v inside the kernel (under autocast: the autocast dtype).
         head_dim, value_dim: of the heads; they may differ.
 
     Returns:
         The kernel and one sentence saying why. A named kernel that cannot do it raises UnsupportedAttention.
     """
-    # Here, not above: the kernels import this module.
-    from sap_hf.kernels import reference, sdpa, varlen
-
-    kernels: dict[str, Kernel] = {
-        "reference": reference.Reference(),
-        "sdpa": sdpa.Sdpa(),
-        "varlen": varlen.Varlen(),
-        "flash": varlen.Flash(),
-    }
-    if name != "auto" and name not in kernels:
+    if name != "auto" and name not in NAMES:
         raise UnsupportedAttention(
-            f"kernel={name!r} does not exist.\n  Use one of: auto, {', '.join(sorted(kernels))}."
+            f"kernel={name!r} does not exist.\n  Use one of: auto, {', '.join(NAMES)}."
         )
     if window is not None and window < 1:
         raise UnsupportedAttention(
             f"window={window}: a query reads at least its own key.\n  Use a window of 1 or more, or None."
         )
 
-    def refusal(kernel: str) -> str | None:
-        return _refusal(kernel, device_type, dtype, max(head_dim, value_dim), softcap)
+    def make(kernel: str) -> tuple[Kernel | None, str]:
+        return _make(kernel, device_type, dtype, max(head_dim, value_dim), softcap)
 
     if name != "auto":
-        why_not = refusal(name)
-        if why_not is not None:
-            raise UnsupportedAttention(f"kernel={name!r}: {why_not}\n  Use kernel='auto' or 'reference'.")
-        return kernels[name], f"{name}: asked for"
+        kernel, why = make(name)
+        if kernel is None:
+            raise UnsupportedAttention(f"kernel={name!r}: {why}.\n  Use kernel='auto' or 'reference'.")
+        return kernel, f"{name}: asked for ({why})"
 
-    passed_over = []
-    for candidate in ("flash", "varlen") if device_type == "cuda" else ("sdpa",):
-        why_not = refusal(candidate)
-        if why_not is None:
-            return kernels[candidate], "; ".join([f"{candidate}: fastest exact here", *passed_over])
-        passed_over.append(f"{candidate} passed over: {why_not}")
-    return kernels["reference"], "; ".join(["reference: plain torch, slow", *passed_over])
+    passed_over: dict[str, list[str]] = {}
+    for candidate in (*FASTEST.get(device_type, ()), "reference"):
+        kernel, why = make(candidate)
+        if kernel is not None:
+            others = [f"{' and '.join(names)} passed over: {reason}" for reason, names in passed_over.items()]
+            return kernel, "; ".join([f"{candidate}: fastest exact here ({why})", *others])
+        passed_over.setdefault(why, []).append(candidate)
+    raise AssertionError("the reference computes everything")
 
 
-def _refusal(
-    kernel: str, device_type: str, dtype: torch.dtype, head_dim: int, softcap: float | None
-) -> str | None:
-    """Why this kernel cannot do what is asked; None when it can."""
-    from sap_hf.kernels import varlen
+def _make(
+    name: str, device_type: str, dtype: torch.dtype, head_dim: int, softcap: float | None
+) -> tuple[Kernel | None, str]:
+    """The kernel and what it is; or None and why it cannot do what is asked."""
+    # Here, not above: the kernels import this module.
+    from sap_hf.kernels import flash, flex, reference, sdpa, varlen
 
-    if kernel == "reference":
-        return None
-    if kernel == "sdpa":
+    if name == "reference":
+        return reference.Reference(), "plain torch, slow"
+    if name == "sdpa":
         if device_type != "cpu":
-            return f"it runs on the CPU only, the tensors are on {device_type}."
+            return None, f"on the CPU only, the tensors are on {device_type}"
         if softcap is not None:
-            return f"torch's CPU attention has no softcap, the model asks for {softcap}."
-        return None
+            return None, f"torch's CPU attention has no softcap, the model asks for {softcap}"
+        return sdpa.Sdpa(), "torch's CPU flash attention"
 
     if device_type != "cuda":
-        return f"it runs on CUDA only, the tensors are on {device_type}."
-    if kernel == "varlen" and softcap is not None:
-        return f"torch.nn.attention.varlen has no softcap, the model asks for {softcap}; flash-attn has it."
+        return None, f"on CUDA only, the tensors are on {device_type}"
     if dtype not in HALF_DTYPES:
-        return f"it computes in float16 or bfloat16 only, q is {dtype}; train with bf16=True (autocast)."
+        return None, f"float16 or bfloat16 only, q is {dtype}; train with bf16=True (autocast)"
     if head_dim > FLASH_MAX_HEAD_DIM:
-        return f"head_dim {head_dim} is over its {FLASH_MAX_HEAD_DIM}."
-    return varlen.why_no_flash() if kernel == "flash" else varlen.why_no_varlen()
+        return None, f"head_dim {head_dim} is over {FLASH_MAX_HEAD_DIM}"
+    major, minor = varlen.capability()
+    if major < 8:
+        return None, f"from compute capability 8.0 (Ampere) on, this GPU has {major}.{minor}"
+    if name == "flash":
+        return flash.find(head_dim)
+    if name == "flex":
+        why_not = flex.why_no_flex()
+        return (flex.Flex(), "torch's FlexAttention, compiled") if why_not is None else (None, why_not)
+    why_not = varlen.why_no_varlen()
+    if softcap is not None:
+        why_not = f"torch.nn.attention.varlen has no softcap, the model asks for {softcap}; flash-attn has it"
+    return (varlen.Varlen(), "torch.nn.attention.varlen") if why_not is None else (None, why_not)

@@ -21,13 +21,15 @@ from sap_hf.kernels.reference import band, widen
 __all__ = ["Sdpa"]
 
 # Neighbouring segments share a call while they have at most this many query rows and key rows together: a
-# call costs 0.1 to 0.2 ms, the masked pairs cost more than that from about 100 rows on.
+# call costs 0.02 ms (0.05 in the backward), the masked pairs cost more than that from about 50 rows on. Longer ones
+# gain nothing from a call that takes several as a batch: of 64 rows and more, the operator is as fast one by one.
 # 300 documents, 9/3 heads of 64, one core, float32, forward / backward in ms, by this number:
-#   documents of        0         32         64        128        256
-#   1-8 rows      33 /  58   9 /  18    12 /  23   14 /  33   17 /  40
-#   8-16 rows     40 /  79  26 /  54    25 /  49   31 /  84   45 / 103
-#   8-64 rows     74 / 146  67 / 149    67 / 142   80 / 179  123 / 298
-GROUP_ROWS = 64
+#   documents of         0          16          32          64         128
+#   1-8 rows      8 /  15     5 /   7     3 /   6     4 /   7     5 /  11
+#   8-16 rows    12 /  21    11 /  22     8 /  16     9 /  20    14 /  29
+#   8-64 rows    30 /  67    30 /  62    27 /  62    27 /  63    40 /  88
+#   64 rows      57 / 126    58 / 123    59 / 126    58 / 128    79 / 170
+GROUP_ROWS = 32
 # Query rows per call under a window: each call reads WINDOW_ROWS + window - 1 keys, WINDOW_ROWS in vain.
 # Between 64 and 256 the times differ by no more than the noise for windows of 128 to 2048.
 WINDOW_ROWS = 128

@@ -1,120 +1,23 @@
-"""The CUDA kernels: one variable-length flash attention call for all segments, no loop, no host sync.
+"""torch.nn.attention.varlen, the CUDA kernel that comes with torch: one call for all segments, no loop, no host sync.
 
-q, k, v and Segments (cu_seqlens already on the device) -> out in q's dtype, lse float32.
-Flash: the flash-attn package, 2.7 or newer. Varlen: torch.nn.attention.varlen, which comes with torch.
+q, k, v and Segments (cu_seqlens already on the device) -> out in q's dtype, lse float32. Below it is what the calls of
+all flash attention libraries have in common.
 """
 
 from __future__ import annotations
 
 import inspect
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
 from sap_hf.kernels.interface import Segments
 
-__all__ = ["Flash", "Varlen", "why_no_flash", "why_no_varlen"]
+__all__ = ["Varlen", "capability", "fit", "max_q", "nothing", "why_no_varlen", "window_of", "zeros"]
 
-# Both libraries read 16 bytes (8 half-precision numbers) at a time.
+# The libraries read 16 bytes (8 half-precision numbers) at a time.
 ALIGNMENT = 8
-
-
-class Flash:
-    """flash_attn's varlen operators: GQA, window and softcap inside.
-
-    deterministic: use the backward's reproducible, slower variant; None follows
-    torch.use_deterministic_algorithms.
-    """
-
-    name = "flash"
-
-    def __init__(self, deterministic: bool | None = None) -> None:
-        self.deterministic = deterministic
-
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Kernel.forward`; float16 or bfloat16 in, out in the same dtype."""
-        if segments.max_q == 0:
-            return _nothing(q, v)
-        value_dim = v.shape[2]
-        q, k, v = _fit(q, k, v)
-        left, right = _window(segments, window)
-        out, lse_Hn, _, _ = _flash()._wrapped_flash_attn_varlen_forward(
-            q,
-            k,
-            v,
-            segments.cu_q_device,
-            segments.cu_k_device,
-            _max_q(segments),
-            segments.max_k,
-            0.0,
-            scale,
-            causal=segments.causal,
-            window_size_left=left,
-            window_size_right=right,
-            softcap=softcap or 0.0,
-        )
-        return out[..., :value_dim], lse_Hn.transpose(0, 1)
-
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `Kernel.backward`; the gradients are in q's dtype."""
-        if segments.max_q == 0:
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        head_dim, value_dim = q.shape[2], v.shape[2]
-        dout, q, k, v, out = _fit(dout.to(q.dtype), q, k, v, out.to(q.dtype))
-        left, right = _window(segments, window)
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        deterministic = self.deterministic
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-        _flash()._wrapped_flash_attn_varlen_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse.transpose(0, 1).contiguous(),
-            dq,
-            dk,
-            dv,
-            segments.cu_q_device,
-            segments.cu_k_device,
-            _max_q(segments),
-            segments.max_k,
-            0.0,
-            scale,
-            segments.causal,
-            left,
-            right,
-            softcap or 0.0,
-            None,
-            deterministic,
-        )
-        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :value_dim]
 
 
 class Varlen:
@@ -136,22 +39,22 @@ class Varlen:
         """See `Kernel.forward`; float16 or bfloat16 in, out in the same dtype."""
         assert softcap is None, "refused by pick"
         if segments.max_q == 0:
-            return _nothing(q, v)
+            return nothing(q, v)
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
         value_dim = v.shape[2]
-        q, k, v = _fit(q, k, v)
+        q, k, v = fit(q, k, v)
         out, lse_Hn = varlen_attn(
             q,
             k,
             v,
             segments.cu_q_device,
             segments.cu_k_device,
-            _max_q(segments),
+            max_q(segments),
             segments.max_k,
             return_aux=AuxRequest(lse=True),
             scale=scale,
-            window_size=_window(segments, window),
+            window_size=window_of(segments, window),
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return out[..., :value_dim], lse_Hn.transpose(0, 1)
@@ -173,12 +76,12 @@ class Varlen:
         """See `Kernel.backward`; the gradients are in q's dtype."""
         assert softcap is None, "refused by pick"
         if segments.max_q == 0:
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+            return zeros(q, k, v)
         from torch.nn.attention.varlen import _varlen_attn_backward
 
         head_dim, value_dim = q.shape[2], v.shape[2]
-        dout, q, k, v, out = _fit(dout.to(q.dtype), q, k, v, out.to(q.dtype))
-        left, right = _window(segments, window)
+        dout, q, k, v, out = fit(dout.to(q.dtype), q, k, v, out.to(q.dtype))
+        left, right = window_of(segments, window)
         dq, dk, dv = _varlen_attn_backward(
             dout,
             q,
@@ -188,7 +91,7 @@ class Varlen:
             lse.transpose(0, 1).contiguous(),
             segments.cu_q_device,
             segments.cu_k_device,
-            _max_q(segments),
+            max_q(segments),
             segments.max_k,
             # As varlen_attn itself derives it: the flag means "no left limit".
             (left, right) == (-1, 0),
@@ -201,49 +104,34 @@ class Varlen:
 
 
 @lru_cache(maxsize=1)
-def why_no_flash() -> str | None:
-    """Why the flash_attn package cannot be used here; None when it can."""
-    try:
-        interface = _flash()
-    except ModuleNotFoundError as error:
-        return f"the package flash_attn is not installed ({error}; pip install flash-attn)."
-    except ImportError as error:
-        return f"the package flash_attn is installed but does not load: {error}"
-    if not hasattr(interface, "_wrapped_flash_attn_varlen_forward"):
-        return "the package flash_attn is older than 2.7."
-    return None
-
-
-@lru_cache(maxsize=1)
 def why_no_varlen() -> str | None:
     """Why torch.nn.attention.varlen cannot be used here; None when it can."""
     from torch.nn.attention.varlen import varlen_attn
 
     missing = {"scale", "window_size", "enable_gqa"} - set(inspect.signature(varlen_attn).parameters)
     if missing:
-        return f"torch {torch.__version__}'s varlen_attn has no {', '.join(sorted(missing))}; 2.12 has."
+        return f"torch {torch.__version__}'s varlen_attn has no {', '.join(sorted(missing))}; 2.12 has"
     return None
 
 
-def _flash() -> Any:
-    from flash_attn import flash_attn_interface
+def capability() -> tuple[int, int]:
+    """Compute capability of the current CUDA device; flash attention needs 8.0."""
+    return torch.cuda.get_device_capability()
 
-    return flash_attn_interface
 
-
-def _window(segments: Segments, window: int | None) -> tuple[int, int]:
+def window_of(segments: Segments, window: int | None) -> tuple[int, int]:
     """(keys to the left, keys to the right) of a query's own, bottom-right aligned; -1 is no limit."""
     assert window is None or (segments.causal and window > 0), f"window {window} needs causal segments"
     left = -1 if window is None else window - 1
     return left, 0 if segments.causal else -1
 
 
-def _max_q(segments: Segments) -> int:
+def max_q(segments: Segments) -> int:
     """An upper bound of the rows per segment; 1 would enter the decoding branch, which has no backward."""
     return max(segments.max_q, 2)
 
 
-def _fit(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def fit(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Equal widths, a multiple of 8, by zero columns (they change neither logits nor out); aligned rows."""
     width = -(-max(x.shape[2] for x in tensors) // ALIGNMENT) * ALIGNMENT
     padded = (x if x.shape[2] == width else pad(x, (0, width - x.shape[2])) for x in tensors)
@@ -259,5 +147,13 @@ def _aligned(x: torch.Tensor) -> bool:
     )
 
 
-def _nothing(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def nothing(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out and lse of no queries."""
     return q.new_zeros(0, q.shape[1], v.shape[2]), q.new_zeros(0, q.shape[1], dtype=torch.float32)
+
+
+def zeros(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients where nothing was attended to."""
+    return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

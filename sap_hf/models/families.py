@@ -7,6 +7,7 @@ arguments, and would then train on something else without a word.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -15,20 +16,147 @@ import torch
 from sap_hf.errors import UnsupportedAttention
 from sap_hf.models.table import entry_of
 
-# model_type of the text config.
+# model_type of the config that the model itself is built from.
 EXACT_FAMILIES = (
+    "afmoe",
+    "apertus",
+    "apertus1p5_text",
+    "arcee",
+    "aria_text",
+    "axk1",
+    "beam",
+    "bert",
+    "bert-generation",
+    "biogpt",
+    "bitnet",
+    "bloom",
+    "camembert",
     "codegen",
+    "cohere",
+    "cohere2",
+    "cohere2_moe",
+    "cohere_compass_text",
+    "ctrl",
+    "cwm",
+    "data2vec-text",
+    "dbrx",
+    "deepseek_v2",
+    "deepseek_v3",
+    "diffllama",
+    "dory",
+    "dots1",
+    "electra",
+    "emu3_text_model",
+    "ernie",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "exaone",
+    "exaone4",
+    "exaone_moe",
+    "falcon",
+    "flex_olmo",
+    "flint",
+    "gemma",
     "gemma2",
     "gemma3_text",
+    "gemma3n_text",
+    "gemma4_text",
+    "gemma4_unified_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gpt_neox_japanese",
+    "gpt_oss",
     "gptj",
     "granite",
+    "granite_swa",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoeshared",
+    "helium",
+    "hrm_text",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "hyperclovax",
+    "internlm3",
+    "iquestcoder",
+    "jais2",
+    "jetmoe",
+    "kolibri1",
+    "laguna",
     "llama",
+    "llama4_text",
+    "longcat_flash",
+    "mellum",
+    "mimo_v2_flash",
+    "minicpm3",
+    "minimax_m2",
+    "minimax_m3_vl_text",
+    "ministral",
+    "ministral3",
     "mistral",
+    "mixtral",
+    "modernbert-decoder",
+    "moshi",
+    "mpt",
+    "nanochat",
+    "nemotron",
+    "olmo",
     "olmo2",
+    "olmo3",
+    "olmoe",
+    "openai-gpt",
+    "opt",
+    "persimmon",
+    "phi",
     "phi3",
+    "phimoe",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_moe",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "sarvam_mla",
+    "sarvam_moe",
+    "seed_oss",
     "smollm3",
+    "solar_open",
+    "stablelm",
+    "starcoder2",
+    "vaultgemma",
+    "xglm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+    "youtu",
+)
+
+_SECOND_LOOK = r"Indexer$|Compressor$|BlockSparse|LSHSelf|DogeAttention$"
+# Names of modules that say why a family is not exact, and the reason.
+_REASONS = (
+    (r"CrossAttention$", "attends to the rows of another model, which no plan knows."),
+    (
+        r"Conv1d$|Mixer$|Mamba|DeltaNet|DeltaAttention|ShortConv|LightningAttention|RecurrentBlock|Rwkv|xLSTM",
+        "mixes neighbouring tokens outside attention; the rows of a document lie on several ranks.",
+    ),
+    (_SECOND_LOOK, "chooses its keys by a second look at the whole document, which ranks do not share."),
+    (r"Ngram|RelativeAttention$|^CpmAnt", "adds a bias between tokens that a sharded pack has no place for."),
+    (
+        r"DecoderWrapper$|^TrOCRDecoder$",
+        "numbers positions by itself and takes labels that are shifted already, as the decoder of a translator.",
+    ),
+    (
+        r"Attention$",
+        "has not been shown to be exact: it bypasses transformers' attention interface, or hides from it what matters.",
+    ),
 )
 
 
@@ -38,19 +166,17 @@ def attention_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     Raises:
         UnsupportedAttention: a family that is not exact here, or a layer of one that cannot be.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise UnsupportedAttention(
             f"{type(model).__name__} is not a transformers model: it has no config to tell what its attention means."
         )
-    family = config.get_text_config().model_type
-    layers = {name: module for name, module in model.named_modules() if _is_attention(module)}
-    classes = ", ".join(sorted({type(layer).__name__ for layer in layers.values()})) or "no attention class"
-    if family not in EXACT_FAMILIES or config.model_type != family:
+    if config.model_type not in EXACT_FAMILIES:
         raise UnsupportedAttention(
-            f"{config.model_type}: {type(model).__name__} ({classes}) has not been shown to be exact when a pack is "
-            f"split over ranks.\n  Exact families: {', '.join(EXACT_FAMILIES)}."
+            f"{config.model_type}: {_why_not_family(model)}\n"
+            f"  {len(EXACT_FAMILIES)} other families are exact: sap_hf.models.families.EXACT_FAMILIES."
         )
+    layers = _find(model)
     for name, layer in layers.items():
         reason = _why_not(layer)
         if reason:
@@ -82,22 +208,57 @@ def honours_interface(layer: torch.nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
 
+def _find(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Attention modules by name; of one inside another, the inner one."""
+    found = {name: module for name, module in model.named_modules() if _is_attention(module)}
+    return {
+        name: module
+        for name, module in found.items()
+        if not any(other.startswith(f"{name}.") for other in found)
+    }
+
+
 def _is_attention(module: torch.nn.Module) -> bool:
-    return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
+    named = type(module).__name__.endswith(("Attention", "MLA")) and hasattr(module, "layer_idx")
+    return named or entry_of(type(module)) is not None
+
+
+def _why_not_family(model: torch.nn.Module) -> str:
+    """The layer that a family is refused for, and the reason; the first that fits."""
+    config: Any = model.config
+    parts = [name for name in getattr(config, "sub_configs", None) or {} if hasattr(config, name)]
+    if parts:
+        return f"it is made of several models ({', '.join(parts)}), and only text models are split."
+    classes = {name: type(module).__name__ for name, module in model.named_modules() if name}
+    for pattern, reason in _REASONS:
+        for name, kind in classes.items():
+            if re.search(pattern, kind) and not kind.endswith("Model"):
+                return f"{name} ({kind}) {reason}"
+    return f"{type(model).__name__} has not been shown to be exact when a pack is split over ranks."
 
 
 def _why_not(layer: torch.nn.Module) -> str | None:
     """Why this layer cannot be exact, or None."""
     if not honours_interface(layer) and entry_of(type(layer)) is None:
         return "bypasses transformers' attention interface and is not in the patch table."
+    if any(re.search(_SECOND_LOOK, type(inner).__name__) for inner in layer.modules()):
+        return "chooses its keys by a second look at the whole document, which ranks do not share."
     if getattr(layer, "is_causal", True) is not True:
         return "attends in both directions; packs are split for causal attention only."
-    dropout = getattr(layer, "attention_dropout", 0.0)
-    if isinstance(getattr(layer, "attn_dropout", None), torch.nn.Dropout):
-        dropout = layer.attn_dropout.p
-    if isinstance(dropout, float) and dropout > 0:
+    dropout = _dropout(layer)
+    if dropout > 0:
         return (
             f"has attention_dropout={dropout}, whose random mask cannot be shared by ranks.\n"
             "  Set the config's attention dropout to 0.0."
         )
     return None
+
+
+def _dropout(layer: torch.nn.Module) -> float:
+    """The probability at which the layer drops attention weights in training."""
+    entry = entry_of(type(layer))
+    found = [0.0 if entry is None else entry.dropout(layer)]
+    for name in ("attention_dropout", "attn_dropout", "attn_pdrop", "dropout"):
+        value = getattr(layer, name, 0.0)
+        found.append(value.p if isinstance(value, torch.nn.Dropout) else value)
+    return max(float(value) for value in found if isinstance(value, int | float))

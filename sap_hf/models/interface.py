@@ -30,7 +30,7 @@ NAME = "sap"
 KEYWORD = "sap_shard"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Shard:
     """What every attention layer of one sharded forward needs.
 
@@ -39,14 +39,25 @@ class Shard:
         layers: ids of the attention layers of the model that is running.
         seen: ids of the layers that came through here in this forward.
         kept: per layer, out and lse between a checkpointed forward and its recompute; None without checkpointing.
+        running: the forward has not ended: a layer that comes is no recompute.
     """
 
     plan: Plan
     group: CpGroup
     config: SapConfig
     layers: frozenset[int] = frozenset()
-    kept: dict[int, Kept] | None = None
+    kept: dict[int, Kept | None] | None = None
     seen: set[int] = dataclasses.field(default_factory=set)
+    running: bool = True
+
+    def keep(self, layer: torch.nn.Module) -> Kept | None:
+        """Where this layer's out and lse wait for its recompute; None where they do not."""
+        if self.kept is None:
+            return None
+        if self.running and id(layer) in self.seen:
+            # It runs several times in one forward, and its recomputes could not be told apart.
+            self.kept[id(layer)] = None
+        return self.kept.setdefault(id(layer), Kept())
 
 
 class _State(threading.local):
@@ -116,6 +127,7 @@ def share_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one layer over the ranks of the shard's group: (1, H, C, D) each -> (1, C, H, D)."""
+    kept = shard.keep(module)
     shard.seen.add(id(module))
     out = attention(
         query.squeeze(0).transpose(0, 1),
@@ -129,16 +141,18 @@ def share_attention(
         sinks=sinks,
         kernel=shard.config.kernel,
         remote_kv=shard.config.remote_kv,
-        kept=None if shard.kept is None else shard.kept.setdefault(id(module), Kept()),
+        kept=kept,
     )
     return out.unsqueeze(0)
 
 
 def sap_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """transformers' mask function: None while a pack is sharded, else the mask of the original implementation."""
+    config = kwargs.get("config")
     if state.shard is not None:
-        return None
-    original = originals.get(id(kwargs.get("config")), "sdpa")
+        # MptModel casts its mask without asking whether there is one.
+        return torch.empty(0) if getattr(config, "model_type", None) == "mpt" else None
+    original = originals.get(id(config), "sdpa")
     mapping = AttentionMaskInterface()
     return mapping[original if original in mapping else "sdpa"](*args, **kwargs)  # type: ignore[no-any-return]
 
@@ -147,6 +161,14 @@ def register() -> None:
     """Make the name "sap" known to transformers."""
     AttentionInterface.register(NAME, sap_attention)
     AttentionMaskInterface.register(NAME, sap_mask)
+
+
+def unregister() -> None:
+    """Take the name back when no patched model is left."""
+    if not originals:
+        # There is no public way out of a registry.
+        for registry in (AttentionInterface, AttentionMaskInterface):
+            registry._global_mapping.pop(NAME, None)
 
 
 def _original(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:

@@ -12,8 +12,9 @@ import torch
 
 from sap_hf.config import SapConfig
 from sap_hf.errors import UnsupportedAttention
+from sap_hf.models import router
 from sap_hf.models.families import attention_layers
-from sap_hf.models.interface import NAME, originals, register
+from sap_hf.models.interface import NAME, originals, register, unregister
 from sap_hf.models.sharding import Sharding
 from sap_hf.models.table import TABLE, entry_of, install, uninstall
 from sap_hf.runtime.group import CpGroup, attached, world
@@ -92,6 +93,7 @@ def patch_model(
         raise UnsupportedAttention(
             f"{base.config.model_type}: {type(base).__name__} refused the attention implementation {NAME!r}."
         )
+    router.install(base)
     configs = list(
         {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}.values()
     )
@@ -120,8 +122,10 @@ def unpatch_model(model: torch.nn.Module) -> None:
         uninstall(patch.table)
     else:
         base.set_attn_implementation(patch.original)
+    router.uninstall(base)
     for config in patch.configs:
         originals.pop(id(config), None)
+    unregister()
 
 
 def find_patch(model: torch.nn.Module) -> Patch | None:

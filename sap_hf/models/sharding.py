@@ -21,9 +21,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sap_hf.config import SapConfig
 from sap_hf.errors import SapError, UnsupportedAttention
 from sap_hf.models.batch import BOUNDARIES, Batch, Cut, read
-from sap_hf.models.families import honours_interface, windows
+from sap_hf.models.families import windows
 from sap_hf.models.interface import KEYWORD, Shard, state
-from sap_hf.models.table import bind_recompute
+from sap_hf.models.positions import check_lengths, first_position, hook_lengths
+from sap_hf.models.table import bind_recompute, entry_of
 from sap_hf.planning import Documents, Plan
 from sap_hf.planning.cost import Shape
 from sap_hf.planning.hardware import PRESETS, Hardware, find_hardware
@@ -66,7 +67,8 @@ class Sharding:
     ):
         self.model, self.layers, self.config, self.group = model, layers, config, group
         self.windows = windows(model)
-        self._shape = _shape(model)
+        self._shape = _shape(model, layers)
+        self._text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
         self._ulysses_size = group.ulysses_size if config.ulysses_size == "auto" else config.ulysses_size
         if group.size > 1:
             # What no batch could change is refused here, before the first one.
@@ -80,7 +82,7 @@ class Sharding:
         self._counts_given = False
         self._all_layers_seen = False
         self._layer_ids = frozenset(id(layer) for layer in layers.values())
-        self._drops_keywords = not all(honours_interface(layer) for layer in layers.values())
+        self._drops_keywords = any(entry_of(type(layer)) is not None for layer in layers.values())
         self._blocks: list[Any] = [
             block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)
         ]
@@ -88,6 +90,7 @@ class Sharding:
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            *hook_lengths(model),
         ]
 
     def remove(self) -> None:
@@ -112,7 +115,8 @@ class Sharding:
         for name in ("input_ids", "inputs_embeds"):
             if inputs.get(name) is not None:
                 inputs[name] = cut.of_batch(inputs[name])
-        inputs["position_ids"] = cut.of_pack(torch.from_numpy(batch.positions()).to(main.device), 0)
+        positions = batch.positions() + first_position(self._text_config)
+        inputs["position_ids"] = cut.of_pack(torch.from_numpy(positions).to(main.device), 0)
         self._shard_labels(inputs, batch, cut)
         inputs["use_cache"] = False
         recomputed = module.training and any(block.gradient_checkpointing for block in self._blocks)
@@ -136,6 +140,7 @@ class Sharding:
 
     def _prepare(self, inputs: dict[str, Any]) -> Prepared:
         batch = read(inputs)
+        check_lengths(self._text_config, batch.documents.lengths)
         return Prepared(batch, self._plans(batch.documents.cu_seqlens.tobytes()))
 
     def _agree_on(self, inputs: dict[str, Any]) -> Prepared:
@@ -194,6 +199,8 @@ class Sharding:
     ) -> Any:
         shard, batch = state.shard, self._batch
         state.shard, self._batch = None, None
+        if shard is not None:
+            shard.running = False
         if shard is None or batch is None or output is None:
             return None
         self._check_all_seen(shard)
@@ -203,6 +210,9 @@ class Sharding:
             output["loss"] = sum_over_ranks(loss.detach(), self.group) / self.group.size
         elif loss is not None and not self._counts_given:
             output["loss"] = sum_over_ranks(loss, self.group)
+        if isinstance(output, dict) and output.get("aux_loss") is not None:
+            # Every rank has added its part of what they all computed alike.
+            output["aux_loss"] = output["aux_loss"] * self.group.size
         if self.full_outputs or (not module.training and self.eval_outputs):
             whole = functools.partial(self._whole, plan=shard.plan, batch=batch)
             for name in list(output.keys()):
@@ -239,14 +249,17 @@ class Sharding:
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _shape(model: torch.nn.Module) -> Shape:
-    """The model's attention layer, for modelled seconds and the heads that may be exchanged."""
+def _shape(model: torch.nn.Module, layers: dict[str, torch.nn.Module]) -> Shape:
+    """The model's first attention layer, for modelled seconds and the heads that may be exchanged."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    heads = config.num_attention_heads
+    # Where layers differ (gemma4), the config has no head_dim and raises when it is asked for one.
+    layer: Any = next(iter(layers.values()))
+    # As many as each layer has (laguna's layers have numbers of their own).
+    heads = min(getattr(config, "num_attention_heads_per_layer", None) or [config.num_attention_heads])
     return Shape(
         num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_kv_heads=max(1, heads // getattr(layer, "num_key_value_groups", 1)),
+        head_dim=getattr(layer, "head_dim", None) or config.hidden_size // heads,
         bytes_per_element=_bytes_per_element(model),
     )
 
@@ -279,7 +292,8 @@ def _shardable(module: torch.nn.Module, inputs: dict[str, Any]) -> bool:
     """Whether this forward is over a whole batch; a step of generation is not, and runs unsharded."""
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         return False
-    if inputs.get("past_key_values") is not None:
+    # Its name from transformers 5.24 on is "cache".
+    if inputs.get("past_key_values") is not None or inputs.get("cache") is not None:
         return False
     if not module.training and inputs.get("use_cache"):
         return False

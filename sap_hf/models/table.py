@@ -1,8 +1,8 @@
-"""The patch table: attention classes that never ask transformers' attention interface, patched at class level.
+"""The patch table: attention classes that never ask transformers' attention interface, or hide from it what matters.
 
-One entry names the method that gets q, k, v after all that comes before attention (projections, norms, rotary
-embeddings). The patched method goes to `sap_hf` while a pack is sharded and to the original at all other times, so a
-patched and an unpatched model of one class live side by side.
+One entry names the method that is replaced at class level and the function of `bypass` that does its work. The patched
+method goes there while a pack is sharded and to the original at all other times, so a patched and an unpatched model
+of one class live side by side.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
-from sap_hf.models.interface import share_attention, state
+from sap_hf.errors import UnsupportedAttention
+from sap_hf.models import bypass
+from sap_hf.models.bypass import Call, heads_given
+from sap_hf.models.interface import KEYWORD, NAME, originals, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,18 +24,56 @@ class Entry:
     """How to patch one class.
 
     Attributes:
-        method: takes (self, query, key, value, attention_mask, ...), each (1, H, C, D), and returns
-            (out (1, H, C, D), weights).
-        scale: the factor on q . k of a layer.
+        method: what is replaced.
+        sharded: takes a Call and the method's arguments, and returns what the method does.
+        dropout: the probability at which a layer drops attention weights in training.
     """
 
     method: str
-    scale: Callable[[Any], float]
+    sharded: Callable[..., Any]
+    dropout: Callable[[Any], float] = lambda layer: 0.0
+
+
+def _given_the_keyword(call: Call, *args: Any, **kwargs: Any) -> Any:
+    """For a class that asks the interface, but whose block keeps keyword arguments from it."""
+    return call.original(call.layer, *args, **{**kwargs, KEYWORD: call.shard})
+
+
+def _given_its_window(call: Call, *args: Any, **kwargs: Any) -> Any:
+    """For a class that asks the interface, but tells its window to nobody but its mask."""
+    window = getattr(call.layer, "sliding_window", None)
+    return call.original(call.layer, *args, **{**kwargs, "sliding_window": window})
 
 
 TABLE = {
-    "CodeGenAttention": Entry("_attn", lambda layer: 1 / float(layer.scale_attn)),
-    "GPTJAttention": Entry("_attn", lambda layer: 1 / float(layer.scale_attn)),
+    "Attention": Entry("_attn", bypass.openai, lambda layer: layer.attn_dropout.p),
+    "BloomAttention": Entry("forward", bypass.bloom, lambda layer: layer.attention_dropout.p),
+    "CodeGenAttention": Entry("_attn", heads_given(lambda layer: 1 / float(layer.scale_attn))),
+    # Without alibi it drops nothing.
+    "FalconAttention": Entry(
+        "forward", bypass.falcon, lambda layer: layer.attention_dropout.p if layer.config.alibi else 0.0
+    ),
+    "GPTJAttention": Entry("_attn", heads_given(lambda layer: 1 / float(layer.scale_attn))),
+    "GPTNeoSelfAttention": Entry(
+        "_attn",
+        heads_given(
+            lambda layer: 1.0,
+            lambda layer: layer.config.window_size if layer.attention_type == "local" else None,
+        ),
+        lambda layer: layer.attn_dropout.p,
+    ),
+    "GPTNeoXJapaneseAttention": Entry(
+        "_attn",
+        heads_given(lambda layer: 1 / float(layer.norm_factor)),
+        lambda layer: layer.attention_dropout.p,
+    ),
+    "Llama4TextAttention": Entry("forward", bypass.llama4),
+    "MptAttention": Entry("forward", bypass.mpt, lambda layer: layer.attn_dropout_p),
+    "NemotronAttention": Entry("forward", _given_the_keyword),
+    "PhimoeAttention": Entry("forward", bypass.phimoe),
+    "Qwen2MoeAttention": Entry("forward", _given_its_window),
+    "StableLmAttention": Entry("forward", _given_the_keyword),
+    "XGLMAttention": Entry("forward", bypass.xglm, lambda layer: layer.dropout),
 }
 
 
@@ -81,16 +120,31 @@ def bind_recompute(blocks: Iterable[Any]) -> None:
 
 def _patched(original: Callable[..., Any], entry: Entry) -> Callable[..., Any]:
     @functools.wraps(original)
-    def method(
-        self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        shard = state.shard
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # The keyword is there in a recompute too, when the state is not.
+        shard = kwargs.get(KEYWORD) or state.shard
         if shard is None or id(self) not in shard.layers:
-            return original(self, query, key, value, *args, **kwargs)
-        out = share_attention(self, shard, query, key, value, scaling=entry.scale(self))
-        return out.transpose(1, 2), None
+            return _as_before(original, self, *args, **kwargs)
+        if self.training and entry.dropout(self):
+            raise UnsupportedAttention(
+                f"{type(self).__name__} has attention dropout {entry.dropout(self)}, whose random mask cannot be "
+                "shared by ranks.\n  Set the config's attention dropout to 0.0."
+            )
+        return entry.sharded(Call(self, shard, original), *args, **kwargs)
 
     return method
+
+
+def _as_before(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """The original method under the name that the model had: some choose by it what to compute."""
+    config = getattr(layer, "config", None)
+    if config is None or config._attn_implementation != NAME:
+        return original(layer, *args, **kwargs)
+    config._attn_implementation_internal = originals.get(id(config), "sdpa")
+    try:
+        return original(layer, *args, **kwargs)
+    finally:
+        config._attn_implementation_internal = NAME
 
 
 def _binding(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

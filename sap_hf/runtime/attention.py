@@ -80,7 +80,7 @@ def attention(
         window: keys a query sees, itself included; None is its whole document.
         softcap: logits become softcap * tanh(logits / softcap).
         sinks: (H,) one logit per head that takes part in the softmax and has no value.
-        kernel: auto | reference | sdpa | varlen | flash.
+        kernel: auto | reference | sdpa | varlen | flash | flex.
         remote_kv: refetch | keep, in the backward receive remote K/V again or hold it since the forward.
         kept: for a layer under gradient checkpointing, where its out and lse wait for the recompute: the forward
             leaves them there, the recompute takes them instead of communicating and computing again.

@@ -1,4 +1,4 @@
-"""Flash attention's two Python doors on the CPU, with exactly their signatures, in dense torch of any dtype.
+"""flash-attn 2 and torch's own flash attention on the CPU, with exactly their signatures, in dense torch of any dtype.
 
 The semantics are those of flash-attn's documentation: causal and windows are bottom-right aligned, a window
 (left, right) lets query i read keys [i + n_k - n_q - left, i + n_k - n_q + right], both ends included; lse is
@@ -8,7 +8,6 @@ The semantics are those of flash-attn's documentation: causal and windows are bo
 from __future__ import annotations
 
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 
@@ -23,6 +22,8 @@ def _check(q, k, v, cu_q, cu_k, max_q, max_k):
     assert q.shape[1] % k.shape[1] == 0
     for x in (q, k, v):
         assert x.stride(2) == 1 and x.stride(0) % 8 == x.stride(1) % 8 == x.storage_offset() % 8 == 0
+    # 1 would enter flash-attn 2's decoding branch, which puts the groups of heads where rows belong.
+    assert max_q > 1
     for cu, rows, most in ((cu_q, q.shape[0], max_q), (cu_k, k.shape[0], max_k)):
         assert cu.dtype == torch.int32 and cu.is_contiguous()
         assert cu[0] == 0 and cu[-1] == rows and cu.diff().max() <= most and cu.diff().min() > 0
@@ -93,7 +94,7 @@ def _wrapped_flash_attn_varlen_forward(
     seqused_k=None,
     zero_tensors: bool = False,
 ):
-    CALLS.append("flash forward")
+    CALLS.append("flash 2 forward")
     assert dropout_p == 0.0 and not return_softmax and not zero_tensors
     assert alibi_slopes is block_table is leftpad_k is seqused_k is None
     out, lse = _forward(
@@ -128,7 +129,7 @@ def _wrapped_flash_attn_varlen_backward(
     rng_state=None,
     zero_tensors: bool = False,
 ):
-    CALLS.append(f"flash backward {deterministic=}")
+    CALLS.append(f"flash 2 backward {deterministic=}")
     assert dropout_p == 0.0 and not zero_tensors and alibi_slopes is rng_state is None
     grads = _backward(
         *(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
@@ -138,12 +139,6 @@ def _wrapped_flash_attn_varlen_backward(
         assert target.shape == grad.shape and target.stride(2) == 1
         target.copy_(grad)
     return torch.empty(0)
-
-
-flash_attn_interface = SimpleNamespace(
-    _wrapped_flash_attn_varlen_forward=_wrapped_flash_attn_varlen_forward,
-    _wrapped_flash_attn_varlen_backward=_wrapped_flash_attn_varlen_backward,
-)
 
 
 @contextmanager

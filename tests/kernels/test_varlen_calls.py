@@ -1,17 +1,19 @@
-"""How Flash and Varlen call flash attention: bounds, alignment, window, scale, softcap and lse layout.
+"""How the CUDA kernels call their libraries: bounds, alignment, window, scale, softcap and lse layout.
 
-On the CPU through stand-ins with the libraries' own signatures; on a GPU (marked) through the libraries.
+On the CPU, through stand-ins with the libraries' own signatures; tests/gpu runs the libraries.
 """
 
 import sys
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sap_hf.kernels import Segments, merge, pick
-from sap_hf.kernels.varlen import Flash, Varlen, why_no_flash
+from sap_hf.kernels import Segments, merge
+from sap_hf.kernels.flash import Flash, Flash2, Flash3, Flash4
+from sap_hf.kernels.varlen import Varlen
 from tests.kernels import dense, stand_ins
+from tests.kernels.stand_ins_newer import PACKAGES, flash_3_on_cpu, install, load_from_hub
 
 SCALE = 0.3
 # name: (cu_q, cu_k, causal, window)
@@ -28,16 +30,24 @@ SHAPES = {
 DIMS = [(16, 16), (24, 8), (20, 12), (8, 13)]
 
 
+LIBRARIES = {"flash2": Flash2, "flash3": Flash3, "flash4": Flash4}
+
+
 @pytest.fixture(autouse=True)
 def libraries(monkeypatch):
-    package = ModuleType("flash_attn")
-    package.flash_attn_interface = stand_ins.flash_attn_interface
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    install(monkeypatch, *PACKAGES)
     stand_ins.CALLS.clear()
-    why_no_flash.cache_clear()
-    with stand_ins.aten_flash_on_cpu():
+    with stand_ins.aten_flash_on_cpu(), flash_3_on_cpu():
         yield
-    why_no_flash.cache_clear()
+
+
+@pytest.fixture
+def kernel(request):
+    return Varlen() if request.param == "varlen" else Flash(LIBRARIES[request.param]())
+
+
+every_flash = pytest.mark.parametrize("kernel", LIBRARIES, indirect=True)
+every_kernel = pytest.mark.parametrize("kernel", [*LIBRARIES, "varlen"], indirect=True)
 
 
 def run(kernel, shape, heads, dims, softcap=None):
@@ -46,7 +56,8 @@ def run(kernel, shape, heads, dims, softcap=None):
     segments = Segments.build(cu_q, cu_k, causal, "cpu")
     options = {"scale": SCALE, "window": window, "softcap": softcap}
     out, lse = kernel.forward(q, k, v, segments, **options)
-    grads = kernel.backward(dout, q, k, v, out, lse, segments, **options)
+    # Merged over several calls, it lies row by row.
+    grads = kernel.backward(dout, q, k, v, out, lse.contiguous(), segments, **options)
 
     seen = dense.visible(cu_q, cu_k, causal, window)
     want = (
@@ -58,7 +69,7 @@ def run(kernel, shape, heads, dims, softcap=None):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kernel", [Flash(), Varlen()], ids=lambda kernel: kernel.name)
+@every_kernel
 def test_the_call_means_what_the_segments_say(kernel, shape):
     run(kernel, SHAPES[shape], (4, 2), (16, 16))
     # One call for all segments in each direction.
@@ -67,16 +78,18 @@ def test_the_call_means_what_the_segments_say(kernel, shape):
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("heads", [(9, 3), (8, 2), (4, 1), (4, 4)], ids=str)
-@pytest.mark.parametrize("kernel", [Flash(), Varlen()], ids=lambda kernel: kernel.name)
+@every_kernel
 def test_grouped_heads_and_odd_head_dims_are_passed_in_a_form_that_flash_takes(kernel, heads, dims):
     run(kernel, SHAPES["older-keys"], heads, dims)
 
 
-def test_flash_passes_the_softcap():
-    run(Flash(), SHAPES["older-keys"], (4, 2), (16, 16), softcap=1.5)
+@every_flash
+def test_flash_passes_the_softcap(kernel):
+    run(kernel, SHAPES["older-keys"], (4, 2), (16, 16), softcap=1.5)
+    run(kernel, SHAPES["window-older-keys"], (4, 2), (16, 16), softcap=1.5)
 
 
-@pytest.mark.parametrize("kernel", [Flash(), Varlen()], ids=lambda kernel: kernel.name)
+@every_kernel
 def test_backward_takes_the_out_and_lse_merged_over_two_calls(kernel):
     q, k, v, dout = dense.inputs(10, 30, 8, 2, 16, 8, torch.float64)
     local, remote = slice(20, 30), slice(0, 20)
@@ -98,13 +111,13 @@ def test_backward_takes_the_out_and_lse_merged_over_two_calls(kernel):
         assert dense.error(x, y) < 1e-12
 
 
-def test_rows_that_start_between_two_words_are_copied_first():
-    # The stand-in asserts alignment, the real kernels would fault: k's rows are 16 + 5 apart.
-    run(Flash(), SHAPES["documents"], (4, 2), (16, 5))
-    run(Varlen(), SHAPES["documents"], (4, 2), (16, 5))
+@every_kernel
+def test_rows_that_start_between_two_words_are_copied_first(kernel):
+    # The stand-ins assert alignment, the real kernels would fault: k's rows are 16 + 5 apart.
+    run(kernel, SHAPES["documents"], (4, 2), (16, 5))
 
 
-@pytest.mark.parametrize("kernel", [Flash(), Varlen()], ids=lambda kernel: kernel.name)
+@every_kernel
 def test_a_view_that_starts_between_two_words_is_copied_first(kernel):
     q, k, v, _ = dense.inputs(9, 9, 4, 2, 16, 16, torch.float64)
     shifted = torch.cat([torch.zeros(4), q.flatten()])[4:].view_as(q)
@@ -116,21 +129,23 @@ def test_a_view_that_starts_between_two_words_is_copied_first(kernel):
 
 
 @pytest.mark.parametrize("asked, expected", [(True, True), (False, False), (None, False)])
-def test_deterministic_reaches_the_backward(asked, expected):
-    run(Flash(deterministic=asked), SHAPES["documents"], (4, 2), (16, 16))
-    assert stand_ins.CALLS[-1] == f"flash backward deterministic={expected}"
+@pytest.mark.parametrize("library", LIBRARIES.values())
+def test_deterministic_reaches_the_backward(library, asked, expected):
+    run(Flash(library(), deterministic=asked), SHAPES["documents"], (4, 2), (16, 16))
+    assert stand_ins.CALLS[-1] == f"flash {library.generation} backward deterministic={expected}"
 
 
-def test_deterministic_follows_torch():
+@every_flash
+def test_deterministic_follows_torch(kernel):
     torch.use_deterministic_algorithms(True)
     try:
-        run(Flash(), SHAPES["documents"], (4, 2), (16, 16))
+        run(kernel, SHAPES["documents"], (4, 2), (16, 16))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert stand_ins.CALLS[-1] == "flash backward deterministic=True"
+    assert stand_ins.CALLS[-1].endswith("backward deterministic=True")
 
 
-@pytest.mark.parametrize("kernel", [Flash(), Varlen()], ids=lambda kernel: kernel.name)
+@every_kernel
 def test_no_segments_call_nothing(kernel):
     q, k, v, dout = dense.inputs(0, 0, 4, 2, 16, 16, torch.bfloat16)
     segments = Segments.build((0,), (0,), True, "cpu")
@@ -141,14 +156,26 @@ def test_no_segments_call_nothing(kernel):
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape] and not stand_ins.CALLS
 
 
-def test_auto_prefers_flash_on_cuda_when_it_is_installed():
-    kernel, reason = pick(
-        "auto",
-        device_type="cuda",
-        dtype=torch.bfloat16,
-        head_dim=64,
-        value_dim=64,
-        softcap=30.0,
-        window=None,
+def test_a_loaded_hub_kernel_is_called_like_its_package(monkeypatch):
+    install(monkeypatch)
+    interface = SimpleNamespace(
+        _flash_attn_varlen_forward=stand_ins._wrapped_flash_attn_varlen_forward,
+        _flash_attn_varlen_backward=stand_ins._wrapped_flash_attn_varlen_backward,
     )
-    assert kernel.name == "flash" and "flash" in reason
+    load_from_hub(monkeypatch, "flash_attn2", SimpleNamespace(flash_attn_interface=interface))
+    run(Flash(Flash2()), SHAPES["window-older-keys"], (4, 2), (16, 16), softcap=1.5)
+    with flash_3_on_cpu("_flash_attn3_cuda_abc") as ops:
+        load_from_hub(monkeypatch, "flash_attn3", SimpleNamespace(_ops=SimpleNamespace(ops=ops)))
+        run(Flash(Flash3()), SHAPES["window-older-keys"], (4, 2), (16, 16), softcap=1.5)
+    assert [call[:7] for call in stand_ins.CALLS] == ["flash 2"] * 2 + ["flash 3"] * 2
+
+
+def test_a_library_that_is_too_old_says_so(monkeypatch):
+    monkeypatch.delattr(sys.modules["flash_attn.flash_attn_interface"], "_wrapped_flash_attn_varlen_forward")
+    with pytest.raises(ImportError, match=r"older than 2\.7"):
+        Flash2()
+    monkeypatch.setattr(
+        sys.modules["flash_attn.cute.interface"], "_flash_attn_bwd", lambda q, k, v, dlse=None: None
+    )
+    with pytest.raises(ImportError, match=r"older than 4\.0\.0b26"):
+        Flash4()

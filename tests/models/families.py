@@ -1,126 +1,73 @@
-"""A tiny random float64 model of every supported family, and what each document gives when run alone."""
+"""Tiny random float64 models of any causal-LM type, and what each document gives when run alone."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCAB = 61
+from tests.float64 import whole_float64
+from tests.models.tiny import VOCAB, config_of
+
 IGNORED = -100
-WINDOW = 6
 # One token, longer than the window, and a length (45) that neither 2 nor 4 ranks divide.
 LENGTHS = (13, 1, 22, 9)
 
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    # Large weights: attention that differs between keys, so a leak is seen.
-    "initializer_range": 0.2,
-}
-ALTERNATING = ["sliding_attention", "full_attention"]
 
+def build(model_type: str, attention: str | None = None, **changes: Any) -> nn.Module:
+    """The tiny model of a type, the same in every process; attention None is transformers' own choice."""
+    from transformers import AutoModelForCausalLM
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A family, the fields that make its tiny config special, and its attention class."""
-
-    attention: str
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-FAMILIES = {
-    "llama": Family("LlamaAttention"),
-    "qwen2": Family("Qwen2Attention"),
-    "qwen3": Family("Qwen3Attention"),
-    "mistral": Family("MistralAttention", {"sliding_window": WINDOW}),
-    "gemma2": Family(
-        "Gemma2Attention",
-        {
-            "sliding_window": WINDOW,
-            "layer_types": ALTERNATING,
-            "attn_logit_softcapping": 5.0,
-            "final_logit_softcapping": 6.0,
-            "query_pre_attn_scalar": 5,
-        },
-    ),
-    "gemma3_text": Family("Gemma3Attention", {"sliding_window": WINDOW, "layer_types": ALTERNATING}),
-    "phi3": Family("Phi3Attention", {"sliding_window": None}),
-    "olmo2": Family("Olmo2Attention"),
-    "smollm3": Family("SmolLM3Attention", {"no_rope_layers": [1, 0]}),
-    "granite": Family("GraniteAttention", {"attention_multiplier": 0.3, "residual_multiplier": 0.7}),
-}
-# The windows that some of these families can have beside what is tested above.
-WINDOWED = {
-    "qwen2-window": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": ALTERNATING},
-    ),
-    "phi3-window": ("phi3", {"sliding_window": WINDOW}),
-}
-
-
-def dense_attention(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Softmax of one document in float64 under the mask that transformers makes for it.
-
-    transformers' own functions will not do: "eager" takes the softmax in float32, "sdpa" leaves the softcap out.
-    """
-    groups = q.shape[1] // k.shape[1]
-    assert q.dtype == torch.float64
-    scores = q @ k.repeat_interleave(groups, 1).transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    causal = torch.ones(scores.shape[-2:]).tril().log() if attention_mask is None else attention_mask
-    out = (scores + causal).softmax(-1) @ v.repeat_interleave(groups, 1)
-    return out.transpose(1, 2), None
-
-
-def build_dense(name: str, **changes: Any) -> nn.Module:
-    """The same model with the dense attention above: what every document alone is run through."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register("dense", dense_attention)
-    AttentionMaskInterface.register("dense", AttentionMaskInterface()["eager"])
-    return build(name, "dense", **changes)
-
-
-def build(name: str, attention: str | None = None, **changes: Any) -> nn.Module:
-    """The tiny model of a family, the same in every process; attention None is transformers' own choice."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    family, extra = WINDOWED.get(name, (name, {}))
-    fields = {**COMMON, **FAMILIES[family].fields, **extra, **changes}
     torch.manual_seed(11)
-    config = AutoConfig.for_model(family, **fields)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+    config = config_of(model_type, **changes)
+    # No product of experts takes float64 but the plain loop.
+    options = {"experts_implementation": "eager", "attn_implementation": attention}
+    model: nn.Module = AutoModelForCausalLM.from_config(config, **options)
+    model.double().eval()
     with torch.no_grad():
         # Biases and norms start at 0 and 1, where a mistake in them shows nowhere.
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def build_plain(model_type: str, **changes: Any) -> nn.Module:
+    """The same model with transformers' plain attention: what every document alone is run through."""
+    # Falcon's plain attention adds its alibi twice.
+    return build(model_type, "sdpa" if model_type == "falcon" else "eager", **changes)
+
+
+@contextlib.contextmanager
+def only_float64() -> Iterator[None]:
+    """`whole_float64()`, and no sum, softmax or cast of transformers' own to float32 in other spellings either."""
+    functions = [(F, "softmax"), (torch, "softmax"), (Tensor, "softmax"), (torch, "sum"), (Tensor, "type")]
+    originals = [getattr(place, name) for place, name in functions]
+
+    def keeping(original: Any) -> Any:
+        def function(given: Tensor, *args: Any, **kwargs: Any) -> Any:
+            caller = str(sys._getframe(1).f_globals.get("__name__", ""))
+            if given.dtype == torch.float64 and caller.startswith("transformers."):
+                if torch.float32 in args:
+                    return given
+                kwargs.pop("dtype", None)
+            return original(given, *args, **kwargs)
+
+        return function
+
+    try:
+        for (place, name), original in zip(functions, originals, strict=True):
+            setattr(place, name, keeping(original))
+        with whole_float64():
+            yield
+    finally:
+        for (place, name), original in zip(functions, originals, strict=True):
+            setattr(place, name, original)
 
 
 def pack(lengths: Sequence[int] = LENGTHS, seed: int = 4) -> dict[str, Tensor]:

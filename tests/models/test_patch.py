@@ -1,4 +1,5 @@
-"""patch_model and unpatch_model: what changes, what comes back, who is refused; generation stays the same."""
+"""patch_model and unpatch_model: patched and plain side by side, what is refused, what keeps its promise when layers
+are recomputed."""
 
 from __future__ import annotations
 
@@ -6,165 +7,186 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
+import sap_hf
 from tests.dist import run_ranks
 from tests.models import families
+from tests.models.matrix import EXACT, anatomy, router_loss_alone
+from tests.models.tiny import config_of
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+# One layer runs several times in a forward, or its block keeps keyword arguments from it.
+RECOMPUTED = ("llama", "hrm_text", "dory", "nemotron", "stablelm", "qwen2_moe")
+OTHER = (4, 20, 3)
 
 
-def anatomy(model: nn.Module) -> dict[str, Any]:
-    """Everything of a model that patching could replace, by identity."""
-    found: dict[str, Any] = {
-        "implementation": model.config._attn_implementation,
-        "use_cache": model.config.use_cache,
-        "config": model.config.to_json_string(),
-        "class": type(model),
-        "attributes": set(vars(model)),
+@families.only_float64()
+def side_by_side(rank: int, world: int) -> dict[str, Any]:
+    row = families.pack()
+    patched, plain = families.build("llama"), families.build("llama")
+    first = plain(**row, use_cache=False).logits
+    sap_hf.patch_model(patched)
+    shared = patched(**row).logits
+    same = torch.equal(first, plain(**row, use_cache=False).logits)
+    implementations = (patched.config._attn_implementation, plain.config._attn_implementation)
+    sap_hf.unpatch_model(patched)
+    again = torch.equal(first, patched(**row, use_cache=False).logits)
+    sap_hf.unpatch_model(patched)
+    return {
+        "plain": same,
+        "again": again,
+        "implementations": implementations,
+        "shared": shared.detach(),
     }
-    for name, module in model.named_modules():
-        found[f"{name} forward"] = (vars(module).get("forward"), id(type(module).forward), type(module))
-        found[f"{name} hooks"] = [list(getattr(module, kind)) for kind in HOOKS]
+
+
+def test_a_patched_and_a_plain_model_live_in_one_process() -> None:
+    with families.only_float64():
+        truth = families.documents_alone(families.build_plain("llama"), families.pack(), families.LENGTHS)
+    for results in run_ranks(side_by_side, 2):
+        assert results["plain"] and results["again"]
+        assert results["implementations"] == ("sap", "sdpa")
+        assert float((results["shared"][0] - truth.logits).abs().max()) < EXACT
+
+
+def recomputed(rank: int, world: int, reentrant: bool) -> dict[str, tuple[float, dict[str, torch.Tensor]]]:
+    """Loss and gradients under gradient checkpointing, with another batch's forward before the backward."""
+    found = {}
+    for name in RECOMPUTED:
+        with families.only_float64():
+            model: Any = families.build(name)
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            sap_hf.patch_model(model, layout="zigzag")
+            model.train()
+            loss = model(**families.pack()).loss
+            model(**families.pack(OTHER))
+            loss.backward()
+            for parameter in model.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= world
+            sap_hf.unpatch_model(model)
+            found[name] = (loss.item(), families.gradients(model))
     return found
 
 
-def everything(rank: int, world: int) -> dict[str, Any]:
-    """All scenarios of this file that need ranks, in one start of them."""
-    import sap_hf
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_layers_find_their_own_batch(reentrant: bool) -> None:
+    results = run_ranks(recomputed, 2, reentrant)
+    for name in RECOMPUTED:
+        with families.only_float64():
+            model = families.build_plain(name).train()
+            truth = families.documents_alone(model, families.pack(), families.LENGTHS)
+        largest = max(float(gradient.abs().max()) for gradient in truth.gradients.values())
+        for found in results:
+            loss, gradients = found[name]
+            assert abs(loss - truth.loss) / truth.loss < EXACT, name
+            error, where = families.worst(gradients, truth.gradients)
+            assert error / largest < EXACT, f"{name}: {where}"
 
-    row = families.pack()
-    results: dict[str, Any] = {"identity": {}}
-    for name in ("llama", "gemma2"):
-        model = families.build(name)
-        before, logits = anatomy(model), model(**row, use_cache=False).logits
+
+def counted(rank: int, world: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """This rank's loss and the gradients of all, as Trainer does it: the number of targets is passed."""
+    with families.only_float64():
+        model: Any = families.build("mixtral").train()
         sap_hf.patch_model(model)
-        patched = anatomy(model)
-        model(**row)
+        row = families.pack()
+        targets = int((row["labels"] != families.IGNORED).sum())
+        loss = model(**row, output_router_logits=True, num_items_in_batch=targets).loss
+        loss.backward()
+        for parameter in model.parameters():
+            torch.distributed.all_reduce(parameter.grad)
         sap_hf.unpatch_model(model)
-        again = model(**row, use_cache=False).logits
-        results["identity"][name] = {
-            "changed": [key for key in before if before[key] != patched[key]],
-            "left": [key for key in before if before[key] != anatomy(model)[key]],
-            "same": torch.equal(logits, again),
-        }
-        sap_hf.unpatch_model(model)
-
-    patched_model, plain = families.build("llama"), families.build("llama")
-    sap_hf.patch_model(patched_model)
-    first = plain(**row, use_cache=False).logits
-    shared = patched_model(**row).logits
-    results["plain beside patched"] = torch.equal(first, plain(**row, use_cache=False).logits)
-    results["implementations"] = (
-        patched_model.config._attn_implementation,
-        plain.config._attn_implementation,
-    )
-    results["shared"] = shared.detach()
-
-    results["generate"] = {}
-    for name in ("llama", "mistral", "gemma3_text"):
-        plain, model = families.build(name), families.build(name)
-        sap_hf.patch_model(model)
-        model(**row)
-        if rank == 0:
-            # One rank generates by itself: a collective in there would hang.
-            results["generate"][name] = [generate(plain, model, pad) for pad in (0, 4)]
-    return results
+    return loss.item(), families.gradients(model)
 
 
-def generate(plain: nn.Module, model: nn.Module, left_padding: int) -> tuple[bool, float]:
-    ids = torch.randint(3, families.VOCAB, (2, 12), generator=torch.Generator().manual_seed(9))
-    mask = torch.ones_like(ids)
-    ids[0, :left_padding], mask[0, :left_padding] = 0, 0
-    options = {
-        "max_new_tokens": 8,
-        "do_sample": False,
-        "output_logits": True,
-        "return_dict_in_generate": True,
-    }
-    expected = plain.generate(ids, attention_mask=mask, **options)
-    found = model.generate(ids, attention_mask=mask, **options)
-    error = (torch.stack(found.logits) - torch.stack(expected.logits)).abs().max()
-    return torch.equal(found.sequences, expected.sequences), float(error)
+def test_router_losses_of_all_ranks_add_up_when_targets_are_counted() -> None:
+    found = run_ranks(counted, 2)
+    with families.only_float64():
+        truth = router_loss_alone(families.build_plain("mixtral"), families.pack(), families.LENGTHS)
+        tokens = families.documents_alone(families.build_plain("mixtral"), families.pack(), families.LENGTHS)
+    assert truth.loss - tokens.loss > 0.1
+    assert abs(sum(loss for loss, _ in found) - truth.loss) / truth.loss < EXACT
+    largest = max(float(gradient.abs().max()) for gradient in truth.gradients.values())
+    for _, gradients in found:
+        error, where = families.worst(gradients, truth.gradients)
+        assert error / largest < EXACT, where
 
 
-@pytest.fixture(scope="module")
-def on_2() -> list[dict[str, Any]]:
-    return run_ranks(everything, 2, timeout=120)
+def test_experts_are_left_alone() -> None:
+    from transformers import AutoModelForCausalLM
 
-
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_unpatch_restores_the_model(on_2: list[dict[str, Any]], name: str) -> None:
-    for results in on_2:
-        result = results["identity"][name]
-        assert result["changed"], "patching changed nothing that this test can see"
-        assert result["left"] == []
-        assert result["same"]
-
-
-def test_a_patched_and_a_plain_model_live_in_one_process(on_2: list[dict[str, Any]]) -> None:
-    truth = families.documents_alone(families.build_dense("llama"), families.pack(), families.LENGTHS)
-    for results in on_2:
-        assert results["plain beside patched"]
-        assert results["implementations"] == ("sap", "sdpa")
-        assert float((results["shared"][0] - truth.logits).abs().max()) < 1e-8
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
-def test_generation_on_one_rank_equals_the_plain_model(on_2: list[dict[str, Any]], name: str) -> None:
-    for same, error in on_2[0]["generate"][name]:
-        assert same
-        assert error < 1e-10
+    model: Any = AutoModelForCausalLM.from_config(config_of("mixtral"))
+    experts = model.model.layers[0].mlp.experts
+    before = (model.config._experts_implementation, vars(experts).get("forward"), type(experts).forward)
+    sap_hf.patch_model(model)
+    after = (model.config._experts_implementation, vars(experts).get("forward"), type(experts).forward)
+    sap_hf.unpatch_model(model)
+    assert before == after
 
 
 @pytest.mark.parametrize(
-    "family, attention",
+    "name, field",
     [
-        ("falcon", "FalconAttention"),
-        ("bloom", "BloomAttention"),
-        ("mpt", "MptAttention"),
-        ("stablelm", "StableLmAttention"),
-        ("llama4_text", "Llama4TextAttention"),
+        ("llama", "attention_dropout"),
+        ("bert", "attention_probs_dropout_prob"),
+        ("gpt2", "attn_pdrop"),
+        ("opt", "attention_dropout"),
+        ("bloom", "attention_dropout"),
     ],
 )
-def test_a_model_that_is_not_exact_is_refused_by_name(family: str, attention: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import sap_hf
-
-    # Every family has other names for its sizes; what a config does not know it keeps aside.
-    fields = {name: value for name, value in families.COMMON.items() if name != "head_dim"}
-    fields |= {"n_layer": 2, "n_head": 4, "n_embd": 32, "rotary_dim": 4, "num_local_experts": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+def test_attention_dropout_is_refused_before_training(name: str, field: str) -> None:
+    model = families.build(name, **{field: 0.1})
     before = anatomy(model)
-    with pytest.raises(sap_hf.errors.UnsupportedAttention) as caught:
+    with pytest.raises(sap_hf.errors.UnsupportedAttention, match=r"attention_dropout=0\.1"):
         sap_hf.patch_model(model)
-    assert family in str(caught.value) and attention in str(caught.value)
     assert anatomy(model) == before
 
 
-def test_attention_dropout_is_refused_by_name() -> None:
-    import sap_hf
-
-    model = families.build("llama", attention_dropout=0.1)
-    with pytest.raises(sap_hf.errors.UnsupportedAttention, match="attention_dropout"):
-        sap_hf.patch_model(model)
+@pytest.mark.parametrize(
+    "name, changes, reason",
+    [
+        ("gemma3_text", {"use_bidirectional_attention": True}, "both directions"),
+        (
+            "minimax_m3_vl_text",
+            {"layer_types": ["full_attention", "full_attention", "minimax_m3_sparse"]},
+            r"layers\.2\.self_attn.* second look",
+        ),
+        ("bert", {"is_decoder": False}, "both directions"),
+    ],
+)
+def test_a_config_that_makes_a_family_inexact_is_refused(
+    name: str, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(sap_hf.errors.UnsupportedAttention, match=reason):
+        sap_hf.patch_model(families.build(name, **changes))
 
 
 def test_a_layer_that_never_calls_us_is_an_error() -> None:
     """The check of the first forward: a layer whose forward was replaced would train on something else."""
-    import sap_hf
-
-    model = families.build("llama")
+    model: Any = families.build("llama")
     layer = model.model.layers[1].self_attn
     layer.forward = lambda hidden_states, *args, **kwargs: (torch.zeros_like(hidden_states), None)
     sap_hf.patch_model(model)
     with pytest.raises(sap_hf.errors.UnsupportedAttention, match=r"model\.layers\.1\.self_attn"):
         model(**families.pack())
+    sap_hf.unpatch_model(model)
 
 
-def test_something_that_is_no_transformers_model_is_refused() -> None:
-    import sap_hf
-
-    with pytest.raises(sap_hf.errors.UnsupportedAttention, match="Linear"):
-        sap_hf.patch_model(nn.Linear(2, 2))
+def test_the_oracle_sees_a_window_and_a_softcap() -> None:
+    """The families whose attention is special really differ from their plain form on this pack."""
+    for name, plain in (
+        ("mistral", {"sliding_window": None}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"sliding_window": 64}),
+        ("gemma3_text", {"sliding_window": 64}),
+        ("smollm3", {"no_rope_layers": [1, 1, 1]}),
+        ("granite", {"attention_multiplier": 0.35}),
+        ("llama4_text", {"attention_chunk_size": 64}),
+        ("llama4_text", {"attn_temperature_tuning": False}),
+        ("phimoe", {"sliding_window": 64}),
+    ):
+        row = families.pack()
+        special = families.documents_alone(families.build_plain(name), row, families.LENGTHS)
+        other = families.documents_alone(families.build_plain(name, **plain), row, families.LENGTHS)
+        assert float((special.logits - other.logits).abs().max()) > 1e-3, (name, plain)

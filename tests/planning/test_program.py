@@ -286,4 +286,6 @@ def test_a_rank_whose_documents_are_its_own_takes_part_in_no_message():
     alone = [compile_program(plan, rank).alone for rank in range(4)]
     assert alone == [False, False, True, True]
     together = dataclasses.replace(plan, delivery="all_to_all")
-    assert not any(compile_program(together, rank).alone for rank in range(4)), "a collective needs every rank"
+    assert not any(compile_program(together, rank).alone for rank in range(4)), (
+        "a collective needs every rank"
+    )
