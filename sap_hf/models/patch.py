@@ -78,7 +78,8 @@ def patch_model(
         unpatch_model(model)
     layers = attention_layers(model)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    cp_group = group or attached() or world()
+    # It refuses what no batch could change, before anything is changed.
+    sharding = Sharding(model, layers, resolved, group or attached() or world())
     register()
     original = base.config._attn_implementation
     classes = Counter(type(layer) for layer in layers.values())
@@ -90,6 +91,7 @@ def patch_model(
     else:
         base.set_attn_implementation(NAME)
     if base.config._attn_implementation != NAME:
+        sharding.remove()
         raise UnsupportedAttention(
             f"{base.config.model_type}: {type(base).__name__} refused the attention implementation {NAME!r}."
         )
@@ -102,7 +104,7 @@ def patch_model(
     patch = Patch(
         classes=dict(classes),
         table=table,
-        sharding=Sharding(model, layers, resolved, cp_group),
+        sharding=sharding,
         configs=configs,
         original=original,
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sap_hf
+from sap_hf.runtime.group import CpGroup
 from tests.dist import run_ranks
 from tests.models import families
 from tests.models.matrix import EXACT, anatomy, router_loss_alone
@@ -190,3 +191,12 @@ def test_the_oracle_sees_a_window_and_a_softcap() -> None:
         special = families.documents_alone(families.build_plain(name), row, families.LENGTHS)
         other = families.documents_alone(families.build_plain(name, **plain), row, families.LENGTHS)
         assert float((special.logits - other.logits).abs().max()) > 1e-3, (name, plain)
+
+
+def test_a_refusal_leaves_the_model_as_it_was() -> None:
+    model = families.build("llama")
+    before, group = model.config._attn_implementation, CpGroup(None, None, None, size=2, rank=0)
+    with pytest.raises(sap_hf.errors.LayoutError, match="ulysses_size=3"):
+        sap_hf.patch_model(model, group=group, ulysses_size=3)
+    assert model.config._attn_implementation == before
+    assert not model._forward_pre_hooks and not model._forward_hooks
