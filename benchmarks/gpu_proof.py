@@ -9,6 +9,7 @@ fails leaves its last lines in the record and the others run:
     environment   GPUs, driver, links, libraries, and which kernel `auto` takes and why
     parity        tests/gpu: every kernel alone, attention over all GPUs, a model; the speed of packed calls
     calibration   sap-hf bench --calibrate; needs two GPUs
+    packed        benchmarks/packed.py: many documents against one of as many query-key pairs, on one GPU
     attention     one layer of Llama-3.1-8B, forward and backward, for all packs and plans of the predictions
     step          training steps of that model; with FSDP2, and fewer layers where it does not fit
     context       one document, doubled in length until a step fails
@@ -29,7 +30,6 @@ import os
 import platform
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -188,6 +188,22 @@ def calibration(options: argparse.Namespace) -> Found:
     return done if "failed" in done else {"hardware": file.read_text()}
 
 
+def packed(options: argparse.Namespace) -> Found:
+    """What documents cost beside their pairs, on one GPU."""
+    model, file = model_of(options), options.out / "packed.jsonl"
+    file.unlink(missing_ok=True)
+    rows = 2048 if options.tiny else 131072
+    heads = f"{model.num_heads}:{model.num_kv_heads}"
+    size = ["--rows", str(rows), "--heads", heads, "--head-dim", str(model.head_dim)]
+    done = run(options, str(ROOT / "benchmarks" / "packed.py"), *size, "--out", str(file))
+    return done | {"measured": lines_of(file)}
+
+
+def lines_of(file: Path) -> list[Found]:
+    """The measurements in a file, as many as there are."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def worker(part: str) -> Callable[[argparse.Namespace], Found]:
     """A part that all ranks run together, gpu_proof_ranks.py; each line of its file is one measurement."""
 
@@ -200,8 +216,7 @@ def worker(part: str) -> Callable[[argparse.Namespace], Found]:
         done = run(
             options, *launch(options.ranks, str(Path(__file__).with_name("gpu_proof_ranks.py"))), *arguments
         )
-        lines = file.read_text().splitlines() if file.exists() else []
-        return done | {"measured": [json.loads(line) for line in lines]}
+        return done | {"measured": lines_of(file)}
 
     return start
 
@@ -222,10 +237,7 @@ def context(options: argparse.Namespace) -> Found:
 
 def score(options: argparse.Namespace) -> Found:
     """Measured over predicted, for what earlier parts measured."""
-    measured = []
-    for part in ("attention", "step"):
-        file = options.out / f"{part}.jsonl"
-        measured += [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    measured = [one for part in ("attention", "step") for one in lines_of(options.out / f"{part}.jsonl")]
     found: Found = {"losses_apart": losses_apart(measured)}
     committed = json.loads(COMMITTED.read_text())
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -247,6 +259,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
     "environment": environment,
     "parity": parity,
     "calibration": calibration,
+    "packed": packed,
     "attention": worker("attention"),
     "step": worker("step"),
     "context": context,
@@ -323,11 +336,9 @@ def model_of(options: argparse.Namespace) -> Model:
 
 def launch(ranks: int, *script: str) -> list[str]:
     """Arguments that start a script, or a module after -m, on all ranks of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    return ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *address, *script]
+    # The address: a host name may resolve to nothing in a container.
+    alone = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
+    return ["-m", "torch.distributed.run", *alone, *script]
 
 
 def run(options: argparse.Namespace, *arguments: str) -> Found:

@@ -73,7 +73,7 @@ def test_the_error_of_the_first_rank_comes_before_what_the_launcher_says(gpu_pro
 
 
 def test_the_parts_run_and_all_plans_find_one_loss(tmp_path):
-    parts = ("environment", "attention", "step", "score")
+    parts = ("environment", "packed", "attention", "step", "score")
     command = [
         sys.executable,
         str(BENCHMARKS / "gpu_proof.py"),
@@ -88,7 +88,8 @@ def test_the_parts_run_and_all_plans_find_one_loss(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "gpu_proof.json").read_text())
-    assert [name for name in parts if "failed" in record[name]] == []
+    assert {name: record[name]["failed"] for name in parts if "failed" in record[name]} == {}
+    assert [one["documents"] for one in record["packed"]["measured"][:3]] == [128, 64, 32]
     assert len(record["attention"]["measured"]) == 30 and len(record["step"]["measured"]) == 12
     assert (
         "torch's CPU flash attention"
