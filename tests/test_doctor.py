@@ -273,7 +273,7 @@ def on_rank(rank: int, world: int, how: str) -> tuple[int, str]:
 
     calibrate.SECONDS, calibrate.LONG = 0.02, 0.02
     if how == "a slow wire":
-        ranks._bytes_per_s = lambda *link: 1e6 if link[1] == world else 1e9
+        ranks.link_bytes_per_s = lambda *link: 1e6 if link[1] == world else 1e9
     elif how == "wrong rows":
 
         class Wire(transport.Transport):

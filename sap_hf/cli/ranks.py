@@ -25,7 +25,7 @@ from sap_hf.cli.doctor import OK, PROBLEM, START, WARNING, Finding
 from sap_hf.cli.machine import compute_device
 from sap_hf.planning.hardware import PRESETS
 from sap_hf.runtime import transport
-from sap_hf.runtime.calibrate import _bytes_per_s, _messages, _ranks_per_node
+from sap_hf.runtime.calibrate import agreed_ranks_per_node, link_bytes_per_s, message_costs
 from sap_hf.runtime.group import world as whole_run
 
 Result = TypeVar("Result")
@@ -216,8 +216,8 @@ def _links(device: torch.device) -> list[Finding]:
     world = dist.get_world_size()
     if world == 1:
         return [Finding(OK, "links", "1 process: nothing is sent")]
-    per_node = _ranks_per_node()
-    start, _ = _messages(device)
+    per_node = agreed_ranks_per_node()
+    start, _ = message_costs(device)
     preset = PRESETS["h100" if device.type == "cuda" else "cpu"]
     kinds = []
     if per_node > 1:
@@ -226,7 +226,7 @@ def _links(device: torch.device) -> list[Finding]:
         kinds.append(("between nodes", (per_node, world), preset.network_bytes_per_s))
     findings = []
     for name, (distance, span), assumed in kinds:
-        measured = _bytes_per_s(distance, span, device, start)
+        measured = link_bytes_per_s(distance, span, device, start)
         text = f"{name} {measured / 1e9:.2f} GB/s per rank and direction"
         text += f"; plans for {preset.name!r} assume {assumed / 1e9:.2f}"
         near = 1 / FACTOR <= measured / assumed <= FACTOR

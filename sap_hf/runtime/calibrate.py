@@ -51,13 +51,13 @@ def calibrate(name: str, shape: Shape, device: torch.device) -> Hardware:
         raise LayoutError(
             "calibration with 1 process: nothing can be sent. Start it with torchrun --nproc-per-node N."
         )
-    per_node = _ranks_per_node()
+    per_node = agreed_ranks_per_node()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     call, forward, backward, compute = _kernel(shape, device, dtype)
-    first, message = _messages(device)
-    node = _bytes_per_s(1, per_node, device, first) if per_node > 1 else None
+    first, message = message_costs(device)
+    node = link_bytes_per_s(1, per_node, device, first) if per_node > 1 else None
     network, alone = (
-        _bytes_per_s(per_node, world, device, first, one_in=senders) if world > per_node else None
+        link_bytes_per_s(per_node, world, device, first, one_in=senders) if world > per_node else None
         for senders in (1, per_node)
     )
     # The furthest links are those that are worth hiding.
@@ -78,7 +78,7 @@ def calibrate(name: str, shape: Shape, device: torch.device) -> Hardware:
     )
 
 
-def _ranks_per_node() -> int:
+def agreed_ranks_per_node() -> int:
     """What the launcher says, or how many ranks follow each other on one host."""
     given = ranks_per_node()
     hosts: list[tuple[str, int | None]] = [("", None)] * dist.get_world_size()
@@ -207,7 +207,7 @@ def _exchange(
     return _mean_seconds(exchange, device)
 
 
-def _messages(device: torch.device) -> tuple[float, float]:
+def message_costs(device: torch.device) -> tuple[float, float]:
     """Seconds of an exchange of one small message, and of each further one."""
     world = dist.get_world_size()
     one = _exchange(1, world, SMALL_BYTES, 1, device)
@@ -215,7 +215,9 @@ def _messages(device: torch.device) -> tuple[float, float]:
     return one, max((many - one) / (MESSAGES - 1), one / 100)
 
 
-def _bytes_per_s(peer_distance: int, span: int, device: torch.device, start: float, one_in: int = 1) -> float:
+def link_bytes_per_s(
+    peer_distance: int, span: int, device: torch.device, start: float, one_in: int = 1
+) -> float:
     """Per rank and direction, all ranks sending at once, or one in so many."""
     size = 1 << 16
     seconds = _exchange(peer_distance, span, size, 1, device, one_in=one_in)
