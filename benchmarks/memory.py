@@ -141,7 +141,7 @@ def measure(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> Held:
         planned=plan.peak_bytes,
         layer=layer,
         with_kernel=with_kernel,
-        remote_rows=max(made.buffer_rows - (made.own.stop - made.own.start) for made in programs),
+        remote_rows=max(made.buffer_rows - len(made.kept.index) for made in programs),
         arena=rest[: 2 * layers],
         layers=rest[2 * layers :],
         head=head,

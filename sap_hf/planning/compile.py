@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.layout import cut
@@ -53,43 +54,46 @@ def compile_program(plan: Plan, rank: int, window: Window = None) -> Program:
 
 
 def _compile(plan: Plan, rank: int, window: Window) -> Program:
-    """The program of one rank of the placement."""
+    """The program of one rank of the placement.
+
+    Until it is known which of its C rows lie in the buffer, a row of its own is counted from 0 and one of the buffer
+    from C.
+    """
     schedule, placement = plan.schedule(window), plan.placement
+    size = placement.rows_per_rank
     pieces = cut(plan.documents, placement)
     mine = pieces.rank == rank
-    held = np.stack([pieces.start[mine], pieces.stop[mine], pieces.local[mine]], axis=1)
-    local_of = np.zeros(plan.placement.cp_size, dtype=object)
-    for source in range(plan.placement.cp_size):
+    own = np.stack([pieces.start[mine], pieces.stop[mine], pieces.local[mine]], axis=1)
+    own = own[np.argsort(own[:, 0], kind="stable")]
+    local_of = np.zeros(placement.cp_size, dtype=object)
+    for source in range(placement.cp_size):
         theirs = pieces.rank == source
         local_of[source] = (pieces.start[theirs], pieces.local[theirs])
 
     stages = [step for step in schedule.steps if len(step.transfers)]
     gathers = any(step.delivery == "all_gather" for step in stages)
-    own_start = rank * plan.placement.rows_per_rank if gathers else 0
-    held[:, 2] += own_start
     slots = schedule.slots or max(len(stages), 1)
     room = [0] * slots
     for i, step in enumerate(stages):
         room[i % slots] = max(room[i % slots], _received(step, rank, plan))
-    base = [0 if gathers else plan.placement.rows_per_rank + sum(room[:slot]) for slot in range(slots)]
+    base = [0 if gathers else sum(room[:slot]) for slot in range(slots)]
 
     exchanges: list[Exchange] = []
-    calls: list[Call] = []
+    calls: list[_Call] = []
 
     def add(tiles: Int64, held: Int64) -> list[int]:
-        made = _calls(tiles[tiles[:, RANK] == rank], held[np.argsort(held[:, 0], kind="stable")], own_start)
+        made = _calls(tiles[tiles[:, RANK] == rank], held[np.argsort(held[:, 0], kind="stable")])
         calls.extend(made)
         return list(range(len(calls) - len(made), len(calls)))
 
-    own = held[np.argsort(held[:, 0], kind="stable")]
     local = np.concatenate([NO_TILES, *(step.tiles for step in schedule.steps if not len(step.transfers))])
     local = _in_order(local[local[:, RANK] == rank], own)
     own_calls = add(local, own)
-    remote = []
+    held, remote = own, []
     for step in stages:
-        at = base[len(exchanges) % slots]
-        exchange, arrived = _exchange(step, rank, plan, local_of, own_start, at)
+        exchange, arrived = _exchange(step, rank, plan, local_of, base[len(exchanges) % slots])
         exchanges.append(exchange)
+        arrived[:, 2] += size
         held = np.concatenate([held if schedule.whole else own, arrived])
         remote.append(add(step.tiles, held))
     halves = (own_calls, list[int]())
@@ -97,19 +101,73 @@ def _compile(plan: Plan, rank: int, window: Window) -> Program:
     if any(exchange.sends or exchange.receives for exchange in exchanges):
         early, late = _halves(local, schedule.window)
         halves = (add(early, own), add(late, own)) if len(early) else ([], own_calls)
+    backward = _backward(*halves, remote, slots, schedule.whole)
+
+    added_to = [calls[operation.at] for operation in backward if operation.kind == "attend"]
+    kept = np.flatnonzero(np.ones(size, bool) if gathers else _kept(exchanges, added_to, size))
+    start = rank * size if gathers else sum(room)
+    at = np.full(size, -1)
+    at[kept] = start + np.arange(len(kept))
     return Program(
         rank=rank,
-        cp_size=plan.placement.cp_size,
+        cp_size=placement.cp_size,
         window=schedule.window,
-        own=slice(own_start, own_start + plan.placement.rows_per_rank),
-        buffer_rows=sum(room) + (0 if gathers else plan.placement.rows_per_rank),
+        rows=size,
+        kept=Rows.of(kept),
+        own=slice(start, start + len(kept)),
+        buffer_rows=sum(room) + (0 if gathers else len(kept)),
         slots=slots,
-        exchanges=tuple(exchanges),
-        calls=tuple(calls),
+        exchanges=tuple(_placed(exchange, at) for exchange in exchanges),
+        calls=tuple(call.placed(at) for call in calls),
         forward=_forward(own_calls, remote, slots),
-        backward=_backward(*halves, remote, slots, schedule.whole),
+        backward=backward,
         backward_kept=_backward([], own_calls, remote, slots, schedule.whole, fetch=False),
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """A Call whose keys are counted as `_compile` counts rows."""
+
+    causal: bool
+    q: Int64
+    k: Int64
+    cu_q: Int64
+    cu_k: Int64
+
+    def placed(self, at: Int64) -> Call:
+        """The Call, where own row i lies in buffer row at[i], -1 for none."""
+        size = len(at)
+        local = bool((self.k < size).all())
+        in_buffer = np.where(self.k < size, at[np.minimum(self.k, size - 1)], self.k - size)
+        added = np.flatnonzero(in_buffer >= 0)
+        k, sums = Rows.of(self.k if local else in_buffer), Rows.of(in_buffer[added])
+        return Call(self.causal, local, Rows.of(self.q), k, self.cu_q, self.cu_k, (Rows.of(added), sums))
+
+
+def _kept(exchanges: list[Exchange], calls: list[_Call], size: int) -> NDArray[np.bool_]:
+    """(C,) which of the rank's own rows lie in the buffer."""
+    parts = np.zeros(size, np.int64)
+    for call in calls:
+        own = call.k[call.k < size]
+        parts += np.bincount(own, minlength=size)
+        if len(own) < len(call.k):
+            parts[own] = 2
+    for exchange in exchanges:
+        for sent in (
+            (slice(m.start, m.stop) for m in exchange.sends) if exchange.packed is None else [exchange.packed]
+        ):
+            parts[sent] = 2
+    return parts > 1
+
+
+def _placed(exchange: Exchange, at: Int64) -> Exchange:
+    """The exchange, where own row i lies in buffer row at[i]."""
+    if exchange.packed is not None:
+        return dataclasses.replace(exchange, packed=at[exchange.packed])
+    starts = [int(at[m.start]) for m in exchange.sends]
+    sends = (Message(m.peer, start, start + m.stop - m.start) for m, start in zip(exchange.sends, starts))
+    return dataclasses.replace(exchange, sends=tuple(sends))
 
 
 def _received(step: Step, rank: int, plan: Plan) -> int:
@@ -133,9 +191,7 @@ def _halves(tiles: Int64, window: Window) -> tuple[Int64, Int64]:
     return tiles[:middle], tiles[middle:]
 
 
-def _exchange(
-    step: Step, rank: int, plan: Plan, local_of: Int64, own_start: int, base: int
-) -> tuple[Exchange, Int64]:
+def _exchange(step: Step, rank: int, plan: Plan, local_of: Int64, base: int) -> tuple[Exchange, Int64]:
     """This rank's messages, and where received rows land [(start, stop, buffer row)], the first one at `base`."""
     transfers, size = step.transfers, plan.placement.rows_per_rank
     incoming = transfers[transfers[:, DESTINATION] == rank]
@@ -143,7 +199,7 @@ def _exchange(
         slots = incoming[:, SOURCE] * size + _local(local_of, incoming[:, SOURCE], incoming[:, START])
         arrived = np.stack([incoming[:, START], incoming[:, STOP], slots], axis=1)
         others = [peer for peer in range(plan.placement.cp_size) if peer != rank]
-        sends = tuple(Message(peer, own_start, own_start + size) for peer in others)
+        sends = tuple(Message(peer, 0, size) for peer in others)
         receives = tuple(Message(peer, peer * size, (peer + 1) * size) for peer in others)
         return Exchange(step.delivery, sends, receives, None), arrived
     packed = step.delivery == "all_to_all"
@@ -155,7 +211,7 @@ def _exchange(
     arrived = np.stack([incoming[:, START], incoming[:, STOP], slots], axis=1)
     outgoing = transfers[transfers[:, SOURCE] == rank]
     outgoing = outgoing[np.lexsort((outgoing[:, START], outgoing[:, DESTINATION]))]
-    own = own_start + _local(local_of, np.full(len(outgoing), rank), outgoing[:, START])
+    own = _local(local_of, np.full(len(outgoing), rank), outgoing[:, START])
     sizes = outgoing[:, STOP] - outgoing[:, START]
     far = _local(local_of, incoming[:, SOURCE], incoming[:, START])
     if packed:
@@ -219,7 +275,7 @@ def _spans(start: Int64, sizes: Int64) -> Int64:
 
 
 def _lookup(held: Int64, start: Int64, stop: Int64) -> tuple[Int64, Int64]:
-    """Buffer rows of the row ranges [start, stop), concatenated, and the size of each range."""
+    """Places of the row ranges [start, stop), concatenated, and the size of each range."""
     first = np.searchsorted(held[:, 0], start, side="right") - 1
     last = np.searchsorted(held[:, 0], stop, side="left")
     count = last - first
@@ -233,7 +289,7 @@ def _lookup(held: Int64, start: Int64, stop: Int64) -> tuple[Int64, Int64]:
     return index, sizes
 
 
-def _calls(tiles: Int64, held: Int64, own_start: int) -> list[Call]:
+def _calls(tiles: Int64, held: Int64) -> list[_Call]:
     """Kernel calls for one rank's tiles: the causal ones in one, the full ones in another."""
     full = is_full(tiles)
     calls = []
@@ -254,7 +310,7 @@ def _calls(tiles: Int64, held: Int64, own_start: int) -> list[Call]:
             new[1:] = (np.diff(chosen[:, K_START]) != 0) | (np.diff(chosen[:, K_STOP]) != 0)
         k, k_sizes = _lookup(held, chosen[new, K_START], chosen[new, K_STOP])
         q_sizes = np.add.reduceat(q_sizes, np.flatnonzero(new))
-        calls.append(Call(causal, Rows.of(q - own_start), Rows.of(k), _borders(q_sizes), _borders(k_sizes)))
+        calls.append(_Call(causal, q, k, _borders(q_sizes), _borders(k_sizes)))
     return calls
 
 

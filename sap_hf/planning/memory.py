@@ -70,7 +70,7 @@ def peak_bytes(program: Program, shape: Shape, ulysses_size: int = 1) -> tuple[i
     width = _Widths.of(mine, uneven=not its.even)
     forward, backward = _forward(program, width), _backward(program, width)
     if ulysses_size > 1:
-        forward, backward = _exchanged(_own(program), width, _Widths.of(shape), split, forward, backward)
+        forward, backward = _exchanged(program.rows, width, _Widths.of(shape), split, forward, backward)
     # The arena is never smaller than the backward of an earlier layer made it.
     of_arena = arena_bytes(program, mine)
     return of_arena + forward, of_arena + backward
@@ -105,27 +105,27 @@ def _exchanged(
 
 
 def _forward(program: Program, width: _Widths) -> int:
-    own = _own(program)
+    own = program.rows
     # Where no row has two parts, they are put together in out itself.
     room = own * (width.head + (width.wide_query if program.merges else width.query))
     # In the end out leaves its accumulator.
-    most = room + (own * width.query if _widens(program, width) else 0)
+    most = max(_keeping(program, width), room + (own * width.query if _widens(program, width) else 0))
     held = 0
     for call in _attended(program, program.forward):
-        keys, results = _gathered(call.k) * width.keys, len(call.q.index) * (width.query + width.head)
-        # What was gathered of q, and repeated of K and V, is gone when the kernel has returned.
-        given = _gathered(call.q) * width.query + len(call.k.index) * width.repeated
-        most = max(most, held + keys + results + given)
+        results = len(call.q.index) * (width.query + width.head)
+        # What was gathered, and repeated of K and V, is gone when the kernel has returned.
+        given = _gathered(call.q) * width.query + _gathered(call.k) * width.keys
+        most = max(most, held + given + len(call.k.index) * width.repeated + results)
         if held == 0 and call.q.start == 0 and len(call.q.index) == own:
             # The part is the whole, or is widened to it.
-            most = max(most, keys + results + (own * width.wide_query if _widens(program, width) else 0))
+            most = max(most, results + (own * width.wide_query if _widens(program, width) else 0))
         else:
             added = 0
             if program.merges and (held or len(call.q.rounds) > 1):
                 added = _merging(call, width)
             elif _widens(program, width) and call.q.start is None:
                 added = len(call.q.index) * width.wide_query
-            most = max(most, room + keys + results + added)
+            most = max(most, room + results + added)
         held = room
     return most - own * width.query
 
@@ -143,26 +143,38 @@ def _merging(call: Call, width: _Widths) -> int:
 
 def _backward(program: Program, width: _Widths) -> int:
     """With lse, which the forward leaves."""
-    own = _own(program)
-    room = own * (width.wide_query if program.merges else width.query)
-    # In the end dk and dv leave the arena as copies, and dq its accumulator.
-    most = room + own * (width.keys + (width.query if _widens(program, width) else 0))
-    held = room if program.merges else 0
+    # Where no row has two parts, and for keys whose gradient has one, parts are put together in the gradient itself.
+    of_query = program.rows * (width.wide_query if program.merges else width.query)
+    of_keys = program.rows * width.keys
+    most = _keeping(program, width)
+    dq, dkv = of_query if program.merges else 0, 0
     for call in _attended(program, program.backward):
-        keys = _gathered(call.k) * width.keys
-        results = len(call.q.index) * width.query + len(call.k.index) * width.keys
-        given = _gathered(call.q) * (3 * width.query + width.head)
-        most = max(most, held + keys + given + max(results, _repeating(call, width)))
-        if not program.merges:
+        part_q, part_keys = len(call.q.index) * width.query, len(call.k.index) * width.keys
+        given = _gathered(call.q) * (3 * width.query + width.head) + _gathered(call.k) * width.keys
+        most = max(most, dq + dkv + given + max(part_q + part_keys, _repeating(call, width)))
+        if dq == 0 and call.q.start == 0 and len(call.q.index) == program.rows:
             # The part of all rows is dq.
-            held = room - (room if call.q.start == 0 and len(call.q.index) == own else 0)
-        most = max(most, held + keys + results + _adding(call, program, width))
-        held = room
+            part_q = 0
+        dq = of_query
+        most = max(most, dq + dkv + part_q + part_keys + _adding(call, program, width))
+        if call.local:
+            if dkv == 0 and call.k.start == 0 and len(call.k.index) == program.rows:
+                part_keys = 0
+            dkv = of_keys
+            most = max(most, dq + dkv + part_q + part_keys)
     for exchange in program.exchanges:
         if exchange.packed is not None:
             largest = max((message.stop - message.start for message in exchange.sends), default=0)
-            most = max(most, held + largest * width.wide_keys)
-    return own * width.head + most
+            most = max(most, dq + dkv + largest * width.wide_keys)
+    # In the end dq leaves its accumulator, and the sums of kept rows are written to dk and dv.
+    leaving = program.rows * width.query if _widens(program, width) else 0
+    written = _gathered(program.kept) * width.keys // 2 if width.keys < width.wide_keys else 0
+    return program.rows * width.head + max(most, of_query + leaving + of_keys + written)
+
+
+def _keeping(program: Program, width: _Widths) -> int:
+    """Bytes while kept rows are gathered into the buffer, K and then V."""
+    return _gathered(program.kept) * width.keys // 2
 
 
 def _repeating(call: Call, width: _Widths) -> int:
@@ -177,19 +189,19 @@ def _repeating(call: Call, width: _Widths) -> int:
 
 def _adding(call: Call, program: Program, width: _Widths) -> int:
     """Bytes while the gradients of a call are added to those of its rows: adding at indices wants one dtype."""
-    most = 0
-    for rows, wire, wide in (
-        (call.q if program.merges else None, width.query, width.wide_query),
-        (call.k, width.keys // 2, width.wide_keys // 2),
-    ):
-        if rows is not None and rows.start is None:
-            picked, widened = wire if len(rows.rounds) > 1 else 0, wide if wire < wide else 0
-            most = max(most, *(len(turn) * (picked + widened) for turn in rows.rounds))
-    return most
+    picked, sums = call.added
+    taken = _gathered(picked) * width.keys // 2
+    return max(
+        _at_indices(call.q, width.query, width.wide_query) if program.merges else 0,
+        taken + _at_indices(sums, width.keys // 2, width.wide_keys // 2),
+    )
 
 
-def _own(program: Program) -> int:
-    return int(program.own.stop - program.own.start)
+def _at_indices(rows: Rows, wire: int, wide: int) -> int:
+    if rows.start is not None:
+        return 0
+    picked, widened = wire if len(rows.rounds) > 1 else 0, wide if wire < wide else 0
+    return max(len(turn) * (picked + widened) for turn in rows.rounds)
 
 
 def _attended(program: Program, operations: tuple[Operation, ...]) -> list[Call]:

@@ -1,9 +1,10 @@
 """Program: a schedule compiled for one rank, down to buffer offsets.
 
-(Plan, window, rank) -> Program. The K/V buffer of a rank holds its own C rows first and what it receives behind them
-(an all-gather brings all ranks' rows in rank order, its own in their midst). A Program says which rows are sent and
-where received ones land (Exchange), which rows attend to which (Call), and in which order all of it happens
-(operations). The executor does exactly that list. numpy only: `sap-hf plan --program RANK` prints it.
+(Plan, window, rank) -> Program. The K/V buffer of a rank holds the rows that it receives and, behind them, those of
+its own that travel or are read beside received ones (an all-gather brings all ranks' rows in rank order, its own in
+their midst). A Program says which rows are sent and where received ones land (Exchange), which rows attend to which
+(Call), and in which order all of it happens (operations). The executor does exactly that list. numpy only:
+`sap-hf plan --program RANK` prints it.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class Rows:
     @classmethod
     def of(cls, index: Int64) -> Rows:
         """Rows with `start` and `rounds` derived from `index`."""
-        together = len(index) > 0 and bool((np.diff(index) == 1).all())
+        together = bool((np.diff(index) == 1).all())
         if together or len(np.unique(index)) == len(index):
-            return cls(index, int(index[0]) if together else None, (np.arange(len(index)),))
+            start = int(index[0]) if len(index) else 0
+            return cls(index, start if together else None, (np.arange(len(index)),))
         order = np.argsort(index, kind="stable")
         ordered = index[order]
         first = np.flatnonzero(np.concatenate([[True], np.diff(ordered) != 0]))
@@ -53,14 +55,20 @@ class Rows:
 class Call:
     """One kernel call: segment i lets q rows [cu_q[i], cu_q[i+1]) read k rows [cu_k[i], cu_k[i+1]).
 
-    `q` counts the rank's own rows, `k` the rows of the K/V buffer.
+    Attributes:
+        q: among the rank's own rows.
+        k: among the rank's own rows if `local`, else among those of the K/V buffer.
+        added: which of the call's keys have a gradient that other parts are added to, counted in `k`, and the buffer
+            rows where they are added up. A local call's other keys have no other gradient.
     """
 
     causal: bool
+    local: bool
     q: Rows
     k: Rows
     cu_q: Int64
     cu_k: Int64
+    added: tuple[Rows, Rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +118,10 @@ class Program:
     """All that one rank does for one attention layer, forward and backward.
 
     Attributes:
-        own: the buffer rows that are this rank's own, C of them. buffer_rows: these and room for what is received.
+        rows: C, what this rank holds.
+        kept: those of its rows that are in the K/V buffer too: they travel, or are read beside received rows, or have
+            a gradient of several parts. own: the buffer rows where they lie.
+        buffer_rows: these and room for what is received.
         slots: exchanges whose rows are held at once; exchange i + slots overwrites exchange i.
         forward, backward: the order of operations; `backward` fetches remote K/V again, `backward_kept` has it still.
     """
@@ -118,6 +129,8 @@ class Program:
     rank: int
     cp_size: int
     window: Window
+    rows: int
+    kept: Rows
     own: slice
     buffer_rows: int
     slots: int
@@ -135,7 +148,7 @@ class Program:
     @functools.cached_property
     def filled(self) -> bool:
         """Whether every row that this rank holds is a query of some call; the others are padding."""
-        return bool(len(np.unique(self._queries)) == self.own.stop - self.own.start)
+        return bool(len(np.unique(self._queries)) == self.rows)
 
     @property
     def _queries(self) -> Int64:
@@ -174,8 +187,8 @@ class Program:
 
     def __str__(self) -> str:
         lines = [
-            f"rank {self.rank} of {self.cp_size}: rows [{self.own.start}, {self.own.stop}) of {self.buffer_rows} are "
-            f"its own, window {self.window}"
+            f"rank {self.rank} of {self.cp_size}: {self.rows} rows, window {self.window}; the buffer has "
+            f"{self.buffer_rows}, its own in [{self.own.start}, {self.own.stop})"
         ]
         for i, exchange in enumerate(self.exchanges):
             lines.append(f"exchange {i}: {exchange.delivery}")
@@ -184,7 +197,7 @@ class Program:
                     way = "to" if word == "send" else "from"
                     lines.append(f"exchange {i}: {word} rows [{m.start}, {m.stop}) {way} rank {m.peer}")
         for i, call in enumerate(self.calls):
-            kind = "causal" if call.causal else "full"
+            kind = f"{'causal' if call.causal else 'full'}, {'own' if call.local else 'buffer'} keys"
             lines.append(
                 f"call {i}: {kind}, {len(call.cu_q) - 1} segments, {call.cu_q[-1]} q rows, {call.cu_k[-1]} k rows"
             )

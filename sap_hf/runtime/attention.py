@@ -17,13 +17,14 @@ import torch.distributed as dist
 
 from sap_hf.errors import ConfigError, TensorError
 from sap_hf.kernels import Kernel, Uneven, pick
-from sap_hf.planning import Plan, Program
+from sap_hf.planning import Plan
 from sap_hf.runtime import transport
-from sap_hf.runtime.arena import Arena, arena
+from sap_hf.runtime.arena import arena
 from sap_hf.runtime.device_program import DeviceCall, DeviceProgram, load
 from sap_hf.runtime.exchange import collect, fetch, send_home
 from sap_hf.runtime.group import resolve, warm
 from sap_hf.runtime.heads import HeadExchange
+from sap_hf.runtime.keys import Keys, KeySums
 from sap_hf.runtime.parts import Parts, QuerySums
 
 # The answer is the same for every layer and batch; looking for installed kernels is not free.
@@ -184,35 +185,30 @@ def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Layer, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """out (C, H, Dv) and lse (C, H), and the K/V buffer with what was received, if kept."""
-    loaded, program, width = layer.loaded, layer.loaded.program, k.shape[-1]
+    loaded, program = layer.loaded, layer.loaded.program
     if program.alone:
         return *layer.kernel.forward(q, k, v, loaded.calls[0].segments, **layer.kernel_options), None
     row = k.shape[1] * (k.shape[2] + v.shape[2])
     space = arena(q, {k.dtype: (sum(program.packed_rows) + (0 if keep else program.buffer_rows)) * row})
-    buffer = _buffer(k, v, program, None if keep else space)
-    rooms = [space.take((rows, *buffer.shape[1:]), k.dtype) for rows in program.packed_rows]
+    keys = Keys.of(k, v, loaded, None if keep else space)
+    rooms = [space.take((rows, *keys.buffer.shape[1:]), k.dtype) for rows in program.packed_rows]
     parts = Parts(len(q), program)
     pending: dict[int, transport.Pending] = {}
     for operation in program.forward:
         at = operation.at
         if operation.kind == "post":
-            pending[at] = fetch(buffer, loaded, at, layer.group, rooms[at % program.slots])
+            pending[at] = fetch(keys.buffer, loaded, at, layer.group, rooms[at % program.slots])
         elif operation.kind == "wait":
             pending.pop(at).wait()
         else:
-            _attend(q, buffer, width, parts, loaded.calls[at], layer)
-    return *parts.all(q, v.shape[-1]), buffer if keep else None
+            _attend(q, keys, parts, loaded.calls[at], layer)
+    return *parts.all(q, v.shape[-1]), keys.buffer if keep else None
 
 
 # What a call gathers and returns dies with the function: the next call must not find it alive.
-def _attend(
-    q: torch.Tensor, buffer: torch.Tensor, width: int, parts: Parts, call: DeviceCall, layer: Layer
-) -> None:
+def _attend(q: torch.Tensor, keys: Keys, parts: Parts, call: DeviceCall, layer: Layer) -> None:
     """Run one call."""
-    keys = call.k.take(buffer)
-    part = layer.kernel.forward(
-        call.q.take(q), keys[..., :width], keys[..., width:], call.segments, **layer.kernel_options
-    )
+    part = layer.kernel.forward(call.q.take(q), *keys.read_by(call), call.segments, **layer.kernel_options)
     parts.add(call.q, *part)
 
 
@@ -227,7 +223,7 @@ def _backward(
     layer: Layer,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv of this rank's own rows."""
-    loaded, program, width = layer.loaded, layer.loaded.program, k.shape[-1]
+    loaded, program = layer.loaded, layer.loaded.program
     if program.alone:
         segments = loaded.calls[0].segments
         dq, dk, dv = layer.kernel.backward(dout, q, k, v, out, lse, segments, **layer.kernel_options)
@@ -240,75 +236,58 @@ def _backward(
     sizes = {k.dtype: wire * row}
     sizes[lse.dtype] = sizes.get(lse.dtype, 0) + program.buffer_rows * row
     space = arena(q, sizes)
-    if buffer is None:
-        buffer = _buffer(k, v, program, space)
-    shape = buffer.shape[1:]
+    keys = Keys.of(k, v, loaded, space) if buffer is None else Keys(k, v, buffer)
+    shape = keys.buffer.shape[1:]
     rooms = [
         (space.take((leave, *shape), k.dtype), space.take((come, *shape), k.dtype))
         for leave, come in program.return_rows
     ]
     packing = [space.take((rows, *shape), k.dtype) for rows in packs] or [come for _, come in rooms]
-    dkv = space.take(buffer.shape, lse.dtype).zero_()
     sums = QuerySums(q, lse.dtype, program)
+    key_sums = KeySums(k, v, space.take((program.buffer_rows, *shape), lse.dtype), loaded)
     pending: dict[int, transport.Pending] = {}
     home: dict[int, torch.Tensor] = {}
     for operation in operations:
         at = operation.at
         if operation.kind == "post":
-            pending[at] = fetch(buffer, loaded, at, layer.group, packing[at % program.slots])
+            pending[at] = fetch(keys.buffer, loaded, at, layer.group, packing[at % program.slots])
         elif operation.kind == "wait":
             pending.pop(at).wait()
         elif operation.kind == "post_return":
-            pending[at], home[at] = send_home(dkv, loaded, at, layer.group, rooms[at % program.slots])
+            room = rooms[at % program.slots]
+            pending[at], home[at] = send_home(key_sums.sums, loaded, at, layer.group, room)
         elif operation.kind == "wait_return":
             pending.pop(at).wait()
-            collect(dkv, home.pop(at), loaded, at)
+            collect(key_sums.sums, home.pop(at), loaded, at)
         else:
-            _attend_backward(dout, q, buffer, width, out, lse, sums, dkv, loaded.calls[at], layer)
-    # A copy: what lies in the arena belongs to the next layer.
-    own = dkv[program.own]
-    return sums.all(), own[..., :width].to(k.dtype, copy=True), own[..., width:].to(v.dtype, copy=True)
+            _attend_backward(dout, q, keys, out, lse, sums, key_sums, loaded.calls[at], layer)
+    return sums.all(), *key_sums.all()
 
 
 def _attend_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
-    buffer: torch.Tensor,
-    width: int,
+    keys: Keys,
     out: torch.Tensor,
     lse: torch.Tensor,
     sums: QuerySums,
-    dkv: torch.Tensor,
+    key_sums: KeySums,
     call: DeviceCall,
     layer: Layer,
 ) -> None:
-    """Add one call's gradients to those of q and to dkv."""
-    keys, rows = call.k.take(buffer), call.q
+    """Add one call's gradients to those of q, k and v."""
+    rows = call.q
     part_q, part_k, part_v = layer.kernel.backward(
         rows.take(dout),
         rows.take(q),
-        keys[..., :width],
-        keys[..., width:],
+        *keys.read_by(call),
         rows.take(out),
         rows.take(lse),
         call.segments,
         **layer.kernel_options,
     )
     sums.add(rows, part_q)
-    call.k.add_to(dkv[..., :width], part_k)
-    call.k.add_to(dkv[..., width:], part_v)
-
-
-def _buffer(k: torch.Tensor, v: torch.Tensor, program: Program, space: Arena | None) -> torch.Tensor:
-    """(rows, K, D + Dv): own K and V token by token, and room for what arrives. A run of rows is one message."""
-    shape = (program.buffer_rows, k.shape[1], k.shape[2] + v.shape[2])
-    if space is None:
-        buffer = torch.empty(shape, dtype=k.dtype, device=k.device)
-    else:
-        buffer = space.take(shape, k.dtype)
-    buffer[program.own, :, : k.shape[2]] = k
-    buffer[program.own, :, k.shape[2] :] = v
-    return buffer
+    key_sums.add(call, part_k, part_v)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, plan: Plan) -> None:

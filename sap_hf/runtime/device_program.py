@@ -69,18 +69,21 @@ class DeviceRows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeviceCall:
-    """One kernel call: which q rows, which rows of the K/V buffer, and their segments."""
+    """One kernel call: a `Call` on the device, and its segments."""
 
+    local: bool
     q: DeviceRows
     k: DeviceRows
+    added: tuple[DeviceRows, DeviceRows]
     segments: Segments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeviceProgram:
-    """A Program with its calls and packing indices on the device."""
+    """A Program with its calls and its indices on the device."""
 
     program: Program
+    kept: DeviceRows
     calls: tuple[DeviceCall, ...]
     packed: tuple[torch.Tensor | None, ...]
 
@@ -103,6 +106,7 @@ def load(plan: Plan, rank: int, window: int | None, device: torch.device) -> Dev
         program = compiled(plan, rank, window)
         made = plan.derived[key] = DeviceProgram(
             program,
+            _rows(program.kept, device),
             tuple(_call(call, device) for call in program.calls),
             tuple(
                 None if e.packed is None else torch.from_numpy(e.packed).to(device) for e in program.exchanges
@@ -113,9 +117,12 @@ def load(plan: Plan, rank: int, window: int | None, device: torch.device) -> Dev
 
 
 def _call(call: Call, device: torch.device) -> DeviceCall:
+    picked, sums = call.added
     return DeviceCall(
+        call.local,
         _rows(call.q, device),
         _rows(call.k, device),
+        (_rows(picked, device), _rows(sums, device)),
         Segments.build(call.cu_q.tolist(), call.cu_k.tolist(), call.causal, device),
     )
 

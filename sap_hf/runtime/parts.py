@@ -1,4 +1,4 @@
-"""What the calls of a layer return, put together: out and lse, and in the backward dq.
+"""What the calls of a layer return, put together: out and lse, and in the backward the gradients.
 
 Parts, call by call -> the whole. Where no query row has two parts, a part is written where it belongs, in the kernel's
 own dtype, and one that has all rows is the whole. Else parts are merged, or added up, in float32 (float64 for float64).
@@ -30,9 +30,10 @@ class Parts:
             if rows.are_first(self._rows):
                 self._whole = out.to(dtype), lse
                 return
+            filled = self._program.filled and not self._program.merges
             self._whole = (
-                _room(out, (self._rows, *out.shape[1:]), dtype, self._program, 0),
-                _room(lse, (self._rows, *lse.shape[1:]), lse.dtype, self._program, -math.inf),
+                _room(out, (self._rows, *out.shape[1:]), dtype, filled, 0),
+                _room(lse, (self._rows, *lse.shape[1:]), lse.dtype, filled, -math.inf),
             )
         if not self._program.merges or (first and not rows.rounds):
             for whole, part in zip(self._whole, (out, lse)):
@@ -53,29 +54,46 @@ class QuerySums:
 
     def __init__(self, q: torch.Tensor, wide: torch.dtype, program: Program) -> None:
         self._q, self._program = q, program
-        self._dq = q.new_zeros(q.shape, dtype=wide) if program.merges else None
+        self._sums = q.new_zeros(q.shape, dtype=wide) if program.merges else None
+        self._whole = Pieces(q, program)
 
     def add(self, rows: DeviceRows, part: torch.Tensor) -> None:
         """Add a part (n, H, D) to its rows."""
-        if self._dq is None:
-            if rows.are_first(len(self._q)):
-                self._dq = part
-                return
-            self._dq = _room(part, self._q.shape, part.dtype, self._program, 0)
-        if self._program.merges:
-            rows.add_to(self._dq, part)
+        if self._sums is None:
+            self._whole.put(rows, part)
         else:
-            rows.put(self._dq, part)
+            rows.add_to(self._sums, part)
 
     def all(self) -> torch.Tensor:
         """dq of all parts, in q's dtype."""
-        return torch.zeros_like(self._q) if self._dq is None else self._dq.to(self._q.dtype)
+        return self._whole.all() if self._sums is None else self._sums.to(self._q.dtype)
+
+
+class Pieces:
+    """A gradient of `of` (C, ...) that is put together from pieces, in its dtype; 0 in padding."""
+
+    def __init__(self, of: torch.Tensor, program: Program) -> None:
+        self._of, self._program = of, program
+        self._whole: torch.Tensor | None = None
+
+    def put(self, rows: DeviceRows, piece: torch.Tensor, lent: bool = False) -> None:
+        """Write a piece (n, ...) to its rows. The first one that has all rows is the whole, unless it is only lent."""
+        if self._whole is None:
+            if rows.are_first(len(self._of)):
+                self._whole = piece.to(self._of.dtype, copy=lent)
+                return
+            self._whole = _room(self._of, self._of.shape, self._of.dtype, self._program.filled, 0)
+        rows.put(self._whole, piece)
+
+    def all(self) -> torch.Tensor:
+        """All pieces."""
+        return torch.zeros_like(self._of) if self._whole is None else self._whole
 
 
 def _room(
-    like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, program: Program, empty: float
+    like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, filled: bool, empty: float
 ) -> torch.Tensor:
-    """For parts to be written to; `empty` where nothing will be written, or not yet."""
-    if program.filled and not program.merges:
+    """For parts to be written to; `empty` where nothing will be written, or not yet, unless all will be `filled`."""
+    if filled:
         return like.new_empty(shape, dtype=dtype)
     return like.new_full(shape, empty, dtype=dtype)

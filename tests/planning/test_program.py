@@ -25,10 +25,11 @@ class Ranks:
         self.programs = [compile_program(plan, rank, window) for rank in range(plan.cp_size)]
         self.buffers = []
         for rank, program in enumerate(self.programs):
-            assert program.own.stop - program.own.start == len(plan.rows(rank))
+            assert program.rows == len(plan.rows(rank))
             buffer = np.full(program.buffer_rows, EMPTY)
-            buffer[program.own] = plan.rows(rank)
+            buffer[program.own] = plan.rows(rank)[program.kept.index]
             self.buffers.append(buffer)
+        self.rows = [plan.rows(rank) for rank in range(plan.cp_size)]
         assert len({len(program.exchanges) for program in self.programs}) == 1, "not every rank takes part"
 
     def sent(self, rank, at):
@@ -72,8 +73,8 @@ class Ranks:
     def attend(self, rank, at, window, attended):
         """Paint the query-key pairs of one call."""
         call = self.programs[rank].calls[at]
-        own = self.buffers[rank][self.programs[rank].own]
-        queries, keys = own[call.q.index], self.buffers[rank][call.k.index]
+        queries = self.rows[rank][call.q.index]
+        keys = (self.rows[rank] if call.local else self.buffers[rank])[call.k.index]
         assert (queries >= 0).all() and (keys >= 0).all(), (
             "a call reads a buffer row that nothing has reached"
         )
@@ -138,6 +139,8 @@ def hold_one(plan, lengths, window):
         if "all_gather" not in plan.deliveries:
             assert (everyone.buffers[rank] != EMPTY).all(), "a buffer row stays empty"
         hold_order(program)
+        for operations in (program.backward, program.backward_kept):
+            hold_gradients(program, operations, plan.rows(rank) < plan.documents.rows)
     if everyone.programs[0].slots >= len(everyone.programs[0].exchanges):
         np.testing.assert_array_equal(together(everyone, window, "backward_kept"), right)
     np.testing.assert_array_equal(together(Ranks(plan, window), window, "backward"), right)
@@ -179,9 +182,31 @@ def hold_order(program):
             hold_reads(program, seen)
 
 
+def hold_gradients(program, operations, real):
+    """Gradients of a row of K are added up in one place, or there is one alone and it is nowhere else."""
+    buffer = np.full(program.buffer_rows, EMPTY)
+    buffer[program.own] = program.kept.index
+    parts = np.zeros(program.rows, np.int64)
+    for operation in operations:
+        if operation.kind != "attend":
+            continue
+        call = program.calls[operation.at]
+        picked, sums = (rows.index for rows in call.added)
+        alone = np.delete(call.k.index, picked)
+        if call.local:
+            np.testing.assert_array_equal(buffer[sums], call.k.index[picked])
+            np.add.at(parts, alone, 1)
+        else:
+            np.testing.assert_array_equal(sums, call.k.index[picked])
+            assert not len(alone)
+    assert not parts[program.kept.index].any()
+    parts[program.kept.index] = 1
+    np.testing.assert_array_equal(parts[real], 1)
+
+
 def hold_reads(program, seen):
     """Every call that reads received rows runs while their exchange is the one whose gradients that slot gathers."""
-    called = [number for kind, number in seen if kind == "attend"]
+    called = [number for kind, number in seen if kind == "attend" and not program.calls[number].local]
     for number in called:
         read = set(program.calls[number].k.index.tolist()) - set(range(program.own.start, program.own.stop))
         turn = seen.index(("attend", number))
@@ -236,7 +261,7 @@ def test_a_budget_of_remote_rows_is_kept(lengths, cp_size, layout, limit):
     np.testing.assert_array_equal(plan.rows_moved, free.rows_moved)
     for rank in range(cp_size):
         program = compile_program(plan, rank)
-        assert program.buffer_rows - plan.rows_per_rank <= limit
+        assert program.buffer_rows - len(program.kept.index) <= limit
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_with_the_rows_that_it_would_need():
@@ -274,7 +299,7 @@ def test_local_work_runs_while_rows_are_in_flight(lengths, cp_size, names, windo
         first_post, first_wait = kinds.index("post"), kinds.index("wait")
         for operation in program.forward[:first_post]:
             assert operation.kind == "post", "work runs before the first exchange is under way"
-        local = {i for i, call in enumerate(program.calls) if (call.k.index < program.own.stop).all()}
+        local = {i for i, call in enumerate(program.calls) if call.local}
         before = {operation.at for operation in program.forward[:first_wait] if operation.kind == "attend"}
         local &= {operation.at for operation in program.forward if operation.kind == "attend"}
         assert local <= before, "a local call waits for remote rows"
