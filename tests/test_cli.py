@@ -51,7 +51,7 @@ def test_json_holds_the_figures_of_the_plan(capsys):
 def test_a_program_names_every_message_of_its_rank(capsys):
     assert main(["plan", *LENGTHS, "--layout", "contiguous", "--program", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "receive rows [4, 8) from rank 2" in printed
+    assert "receive rows [0, 4) from rank 2" in printed
     assert "forward:  post 0, wait 0, attend 0" in printed
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.layout import cut
@@ -104,7 +103,7 @@ def _compile(plan: Plan, rank: int, window: Window) -> Program:
     backward = _backward(*halves, remote, slots, schedule.whole)
 
     added_to = [calls[operation.at] for operation in backward if operation.kind == "attend"]
-    kept = np.flatnonzero(np.ones(size, bool) if gathers else _kept(exchanges, added_to, size))
+    kept = np.arange(size) if gathers else _kept(exchanges, added_to, size)
     start = rank * size if gathers else sum(room)
     at = np.full(size, -1)
     at[kept] = start + np.arange(len(kept))
@@ -145,20 +144,27 @@ class _Call:
         return Call(self.causal, local, Rows.of(self.q), k, self.cu_q, self.cu_k, (Rows.of(added), sums))
 
 
-def _kept(exchanges: list[Exchange], calls: list[_Call], size: int) -> NDArray[np.bool_]:
-    """(C,) which of the rank's own rows lie in the buffer."""
-    parts = np.zeros(size, np.int64)
+def _kept(exchanges: list[Exchange], calls: list[_Call], size: int) -> Int64:
+    """Which of the rank's own rows lie in the buffer, in its order.
+
+    Those that are read beside received rows come first, next to these: what a call reads may then lie together. But
+    rows that leave as one message do.
+    """
+    parts, beside = np.zeros(size, np.int64), np.zeros(size, bool)
     for call in calls:
         own = call.k[call.k < size]
         parts += np.bincount(own, minlength=size)
         if len(own) < len(call.k):
-            parts[own] = 2
-    for exchange in exchanges:
-        for sent in (
-            (slice(m.start, m.stop) for m in exchange.sends) if exchange.packed is None else [exchange.packed]
-        ):
-            parts[sent] = 2
-    return parts > 1
+            beside[own] = True
+    sent = np.zeros(size, bool)
+    runs = [slice(m.start, m.stop) for e in exchanges if e.packed is None for m in e.sends]
+    for leaving in (*runs, *(e.packed for e in exchanges if e.packed is not None)):
+        sent[leaving] = True
+    kept = np.flatnonzero(beside | sent | (parts > 1))
+    order = np.argsort(~beside[kept], kind="stable")
+    place = np.empty(size, np.int64)
+    place[kept[order]] = np.arange(len(kept))
+    return kept[order] if all((np.diff(place[run]) == 1).all() for run in runs) else kept
 
 
 def _placed(exchange: Exchange, at: Int64) -> Exchange:

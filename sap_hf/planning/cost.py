@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.hardware import Hardware
 from sap_hf.planning.schedule import (
-    RANK,
     Schedule,
     is_full,
     sum_by,
@@ -22,7 +21,6 @@ from sap_hf.planning.schedule import (
 )
 
 Float64 = NDArray[np.float64]
-Travels = NDArray[np.bool_]
 # Matrix products of the backward over those of the forward: 5 (S, dP, dQ, dK, dV) to 2 (S, O).
 BACKWARD_FLOPS = 2.5
 
@@ -121,14 +119,13 @@ def layer_seconds(
     """
     cp_size = len(wires.link)
     held = tile_rows(schedule, cp_size)
-    travels = sharing(schedule, cp_size)
-    busy = _busy(held, tile_pairs(schedule.tiles, schedule.window), shape, hardware, travels)
+    kernels = _kernels(held, tile_pairs(schedule.tiles, schedule.window), shape, hardware)
+    busy = map(np.add, kernels, _copies(held, shape, hardware))
     receives = np.array([len(step.transfers) > 0 for step in schedule.steps])
     # Local steps are the first row, whose rows travel nowhere.
     staged, staged_back = (
         np.concatenate([part[~receives].sum(axis=0)[None], part[receives]]) for part in busy
     )
-    forward, backward = (part.sum(axis=0) for part in (staged, staged_back))
     now, end = in_stages(
         staged,
         staged_back,
@@ -139,18 +136,15 @@ def layer_seconds(
         whole=schedule.whole,
         keep=keep,
     )
-    ways = wires.link, wires.link * (1 if keep else 2)
-    least = least_parts = sum(map(np.maximum, (forward, backward), ways), np.zeros(cp_size))
-    if schedule.whole:
-        least_parts = np.zeros(cp_size)
-        for taken, copied, parted, way in zip(
-            (forward, backward),
-            copied_bytes(held, shape, travels),
-            copied_bytes(held.in_parts(), shape, np.zeros_like(travels)),
-            ways,
-        ):
-            other = (parted - copied).sum(axis=0) / hardware.copy_bytes_per_s
-            least_parts = least_parts + np.maximum(taken + other, way)
+    at_best = held.at_best()
+    least, least_parts = (
+        sum(
+            np.maximum((kernel + copies).sum(axis=0), wires.link * fetches)
+            for kernel, copies, fetches in zip(kernels, _copies(read, shape, hardware), (1, 1 if keep else 2))
+        )
+        for read in (at_best, at_best.in_parts() if schedule.whole else at_best)
+    )
+    forward, backward = (part.sum(axis=0) for part in (staged, staged_back))
     return Seconds(forward, now - forward, backward, end - backward, least, least_parts)
 
 
@@ -217,96 +211,140 @@ def _total(rows: Float64, ranks: int) -> Float64:
     return sum(rows, np.zeros(ranks))
 
 
-def _busy(
-    held: TileRows, pairs: Int64, shape: Shape, hardware: Hardware, travels: Travels
-) -> tuple[Float64, Float64]:
-    """(steps, W) seconds of each step's kernels and of the copies around them, forward and backward."""
+def _kernels(held: TileRows, pairs: Int64, shape: Shape, hardware: Hardware) -> tuple[Float64, Float64]:
+    """(steps, W) seconds of each step's kernels, forward and backward."""
     start = held.calls * hardware.call_seconds
     flops = sum_by(held.at, pairs, held.calls.size).reshape(held.calls.shape) * shape.flops_per_pair
-    copied, copied_back = copied_bytes(held, shape, travels)
-    forward = flops / hardware.flops_per_s + start + copied / hardware.copy_bytes_per_s
     backward = flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s)
-    return forward, backward + start + copied_back / hardware.copy_bytes_per_s
+    return flops / hardware.flops_per_s + start, backward + start
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TileRows:
-    """Rows that the kernel calls of each step read on each rank.
+    """Rows that the kernel calls of each step read on each rank, and those that travel.
 
     Attributes:
         at: (m,) step * W + rank of each tile.
         queries, keys: (3, steps, W) rows of q, and of K, in causal tiles that read their own rows alone, in causal
             tiles that read rows before them as well, and in full tiles.
         calls: (steps, W) int64; full tiles are one call of the kernel, causal ones another.
+        scattered: (2, steps, W) whether there are several causal tiles that read rows before them, or several full
+            tiles: what they read does not lie together.
+        halved: (W,) whether local tiles are two calls of the backward.
+        kept: (W,) own rows in the K/V buffer. sent, received: (W,) rows that travel, each as often as it does.
     """
 
     at: Int64
     queries: Int64
     keys: Int64
     calls: Int64
+    scattered: NDArray[np.bool_]
+    halved: NDArray[np.bool_]
+    kept: Int64
+    sent: Int64
+    received: Int64
+
+    def at_best(self) -> TileRows:
+        """What is read at least, however many stages the same tiles are spread over."""
+        return dataclasses.replace(self, scattered=np.zeros_like(self.scattered))
 
     def in_parts(self) -> TileRows:
         """What is read at least when tiles that read rows before their own become a causal and a full one."""
         own, long, full = self.queries
         none = np.zeros_like(self.keys)
-        return dataclasses.replace(self, queries=np.stack([own + long, none[0], full + long]), keys=none)
+        rows = np.zeros_like(self.kept)
+        queries = np.stack([own + long, none[0], full + long])
+        return dataclasses.replace(
+            self.at_best(), queries=queries, keys=none, kept=rows, sent=rows, received=rows
+        )
 
 
 def tile_rows(schedule: Schedule, cp_size: int) -> TileRows:
     """The rows of every tile, added up."""
     tiles, steps = schedule.tiles, len(schedule.steps)
-    _, q_start, q_stop, k_start, k_stop = tiles.T
-    at = np.repeat(np.arange(steps), [len(step.tiles) for step in schedule.steps]) * cp_size + tiles[:, RANK]
-    size = steps * cp_size
-    kind = (is_full(tiles) * 2 + (~is_full(tiles) & (k_start < q_start))) * size + at
-    queries, keys = (
+    rank, q_start, q_stop, k_start, k_stop = tiles.T
+    step = np.repeat(np.arange(steps), [len(each.tiles) for each in schedule.steps])
+    at, size = step * cp_size + rank, steps * cp_size
+    full = is_full(tiles)
+    long = ~full & (k_start < q_start)
+    kind = (full * 2 + long) * size + at
+    count, queries, keys = (
         sum_by(kind, rows, 3 * size).reshape(3, steps, cp_size)
-        for rows in (q_stop - q_start, k_stop - k_start)
+        for rows in (np.ones_like(rank), q_stop - q_start, k_stop - k_start)
     )
     calls = (queries[:2].sum(axis=0) > 0).astype(np.int64) + (queries[2] > 0)
-    return TileRows(at, queries, keys, calls)
+    moved = np.concatenate([np.zeros((0, 4), np.int64), *(each.transfers for each in schedule.steps)])
+    source, destination, start, stop = moved.T
+    # Of its own rows a rank keeps those that it sends, those of tiles that read received rows before them, and those
+    # that are read by tiles of other queries too.
+    staged = np.array([len(each.transfers) > 0 for each in schedule.steps], bool)[step]
+    mixed, shared = long & staged, (long | full) & ~staged
+    kept = _distinct(
+        np.concatenate([source, rank[mixed], rank[shared]]),
+        np.concatenate([start, q_start[mixed], k_start[shared]]),
+        np.concatenate([stop, q_stop[mixed], np.minimum(k_stop, q_start)[shared]]),
+        cp_size,
+    )
+    sent, received = (sum_by(of, stop - start, cp_size) for of in (source, destination))
+    halved = (np.bincount(rank[~staged], minlength=cp_size) > 1) & (sent + received > 0)
+    return TileRows(at, queries, keys, calls, count[1:] > 1, halved, kept, sent, received)
 
 
-def sharing(schedule: Schedule, cp_size: int) -> Travels:
-    """(W,) whether a rank takes part in exchanges: in a collective all do, else those that send or receive."""
-    travels = np.zeros(cp_size, bool)
-    for step in schedule.steps:
-        if len(step.transfers):
-            travels |= step.delivery != "p2p"
-            travels[step.transfers[:, :2].ravel()] = True
-    return travels
+def _distinct(rank: Int64, start: Int64, stop: Int64, cp_size: int) -> Int64:
+    """(W,) rows in any of a rank's ranges."""
+    # Ranks are lifted apart, so that one scan finds what is new in each range.
+    lift = rank * (int(stop.max(initial=0)) + 1)
+    order = np.argsort(start + lift, kind="stable")
+    first, last = (start + lift)[order], (stop + lift)[order]
+    seen = np.concatenate([np.zeros(1, np.int64), np.maximum.accumulate(last)])[:-1]
+    return sum_by(rank[order], np.maximum(last - np.maximum(first, seen), 0), cp_size)
 
 
-def copied_bytes(held: TileRows, shape: Shape, travels: Travels) -> tuple[Float64, Float64]:
+def _copies(held: TileRows, shape: Shape, hardware: Hardware) -> list[Float64]:
+    """(steps, W) seconds of what is copied around the kernels, forward and backward."""
+    return [copied / hardware.copy_bytes_per_s for copied in copied_bytes(held, shape)]
+
+
+def copied_bytes(held: TileRows, shape: Shape) -> tuple[Float64, Float64]:
     """(steps, W) bytes that `runtime.attention` reads and writes around the kernels, forward and backward.
 
-    Runs of rows that lie together are views there. Here the queries of causal calls are such runs, as they are in the
-    layouts that keep documents together, and the keys of local ones.
-
-    Args:
-        travels: (W,) whether a rank sends or receives rows. One that computes alone copies nothing.
+    Runs of rows that lie together are views there. Here they are those of a call's only tile, and of tiles that read
+    their own rows alone. What happens once in a layer is in the first step.
     """
     query, keys = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
     wire, wide = shape.bytes_per_element, max(4, shape.bytes_per_element)
+    cast = wire + wide if wire < wide else 0
     (own, long, full), (own_keys, long_keys, full_keys) = held.queries, held.keys
-    causal = own + long
+    apart, apart_full = held.scattered
     # A rank with full tiles has several parts of one row: it merges them, the first is only widened. Others write a
     # part to its rows, where there is more than one call.
     merges = full.sum(axis=0) > 0
     writes = ~merges & (held.calls.sum(axis=0) > 1)
+    causal = own + long
     copied = query * (
-        merges * (2 * (wide + wire) * causal + (8 * wide + 3 * wire) * full) + writes * 2 * wire * causal
+        merges * (2 * cast * causal + (4 * wide + wire + apart_full * (4 * wide + 2 * wire)) * full)
+        + writes * (2 * wire * causal + apart * 2 * wire * long)
     )
-    # dq is written, or added to sums that are cast; q, out and dout are gathered for full tiles.
+    # dq is written, or added to sums that are cast; q, out and dout are gathered for tiles that lie apart.
+    writes |= ~merges & held.halved
     copied_back = query * (
-        merges * ((3 * wide + 2 * wire) * causal + (2 * wide + 7 * wire) * full) + writes * 2 * wire * causal
+        merges
+        * ((3 * wide + wire + cast) * causal + (2 * wide + wire + apart_full * (6 * wire + cast)) * full)
+        + writes * (2 * wire * causal + apart * 6 * wire * long)
     )
-    # K and V are put beside what is received, and sums of dK and dV cleared and cast. Rows that a call does not read as
-    # they lie are gathered, and their gradients widened and added one by one.
-    rows = np.zeros_like(causal)
-    rows[0] = causal.sum(axis=0)
-    gathered = long_keys + full_keys
-    sums = (3 * wire + 2 * wide) * rows + (2 * wide + wire) * own_keys
-    copied = copied + travels * keys * (2 * wire * rows + 2 * wire * gathered)
-    copied_back = copied_back + travels * keys * (sums + (3 * wire + 4 * wide) * gathered)
+    # Kept rows are put beside what is received; keys that lie apart are gathered.
+    gathered = apart * long_keys + apart_full * full_keys
+    copied = copied + keys * 2 * wire * gathered
+    copied[0] += keys * 2 * wire * held.kept
+    # Gradients of keys are written, or added to sums: these are cleared, sent home, added to, and cast.
+    adds = 2 * wide + wire
+    copied_back = copied_back + keys * (
+        (writes | merges) * 2 * wire * own_keys
+        + adds * (long_keys + full_keys)
+        + (2 * wire + cast) * gathered
+    )
+    alone = np.maximum(held.kept - long.sum(axis=0), 0)
+    copied_back[0] += keys * (
+        (3 * wire + 2 * wide) * held.kept + adds * (alone + held.sent) + (2 * wide + wire) * held.received
+    )
     return copied.astype(np.float64), copied_back.astype(np.float64)

@@ -109,7 +109,7 @@ def _forward(program: Program, width: _Widths) -> int:
     # Where no row has two parts, they are put together in out itself.
     room = own * (width.head + (width.wide_query if program.merges else width.query))
     # In the end out leaves its accumulator.
-    most = max(_keeping(program, width), room + (own * width.query if _widens(program, width) else 0))
+    most = room + (own * width.query if _widens(program, width) else 0)
     held = 0
     for call in _attended(program, program.forward):
         results = len(call.q.index) * (width.query + width.head)
@@ -146,7 +146,7 @@ def _backward(program: Program, width: _Widths) -> int:
     # Where no row has two parts, and for keys whose gradient has one, parts are put together in the gradient itself.
     of_query = program.rows * (width.wide_query if program.merges else width.query)
     of_keys = program.rows * width.keys
-    most = _keeping(program, width)
+    most = 0
     dq, dkv = of_query if program.merges else 0, 0
     for call in _attended(program, program.backward):
         part_q, part_keys = len(call.q.index) * width.query, len(call.k.index) * width.keys
@@ -170,11 +170,6 @@ def _backward(program: Program, width: _Widths) -> int:
     leaving = program.rows * width.query if _widens(program, width) else 0
     written = _gathered(program.kept) * width.keys // 2 if width.keys < width.wide_keys else 0
     return program.rows * width.head + max(most, of_query + leaving + of_keys + written)
-
-
-def _keeping(program: Program, width: _Widths) -> int:
-    """Bytes while kept rows are gathered into the buffer, K and then V."""
-    return _gathered(program.kept) * width.keys // 2
 
 
 def _repeating(call: Call, width: _Widths) -> int:

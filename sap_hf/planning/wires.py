@@ -50,12 +50,10 @@ def wire_seconds(
             way = _started(link, np.maximum(*messages).reshape(stages, cp_size), hardware)
             ways.append((way, way))
             continue
-        # Rows of many places are read and written once more, to lie together when they are sent.
+        # Rows of many places are read and written once more, to lie together when they are sent. Their gradients do.
         count = np.maximum(peers.sum(axis=1), peers.sum(axis=2))
-        there, back = (
-            _started(link + (packed * 2).sum(axis=0) / hardware.copy_bytes_per_s, count, hardware)
-            for packed in (sent, received)
-        )
+        packed = (sent * 2).sum(axis=0) / hardware.copy_bytes_per_s
+        there, back = (_started(link + first, count, hardware) for first in (packed, 0))
         if name == "all_gather":
             ranks = min(node, cp_size)
             # A ring through all ranks: what a node receives passes it once, over the links of all its ranks.

@@ -27,6 +27,13 @@ class DeviceRows:
         """The rows, in order: a view where they lie together."""
         return buffer[self.at] if isinstance(self.at, slice) else buffer.index_select(0, self.at)
 
+    def copy_to(self, there: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Write the rows of `buffer`, in order, to all of `there`."""
+        if isinstance(self.at, slice):
+            there.copy_(buffer[self.at])
+        else:
+            torch.index_select(buffer, 0, self.at, out=there)
+
     def add_to(self, buffer: torch.Tensor, part: torch.Tensor) -> None:
         """Add part to the rows, in place and always in the same order."""
         if isinstance(self.at, slice):

@@ -30,8 +30,8 @@ class Keys:
         shape = (loaded.program.buffer_rows, k.shape[1], width + v.shape[2])
         buffer = k.new_empty(shape) if space is None else space.take(shape, k.dtype)
         own = buffer[loaded.program.own]
-        own[..., :width] = loaded.kept.take(k)
-        own[..., width:] = loaded.kept.take(v)
+        loaded.kept.copy_to(own[..., :width], k)
+        loaded.kept.copy_to(own[..., width:], v)
         return cls(k, v, buffer)
 
     def read_by(self, call: DeviceCall) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from sap_hf.planning.cost import Float64, Shape, copied_bytes, sharing, tile_rows
+from sap_hf.planning.cost import Float64, Shape, copied_bytes, tile_rows
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.heads import head_bytes
 from sap_hf.planning.plan import Plan
@@ -116,11 +116,11 @@ def executed(schedule: Schedule, ranks: int, shape: Shape, node: int, kernel: Ke
     # Local steps are stage 0 here.
     stage = np.cumsum(receives)
     copied, copied_back = np.zeros((2, *made.rows.shape))
-    for of, per_step in zip(
-        (copied, copied_back), copied_bytes(tile_rows(schedule, ranks), shape, sharing(schedule, ranks))
-    ):
+    for of, per_step in zip((copied, copied_back), copied_bytes(tile_rows(schedule, ranks), shape)):
         np.add.at(of, stage, per_step)
-    return dataclasses.replace(made, merged=False, copied=copied, copied_back=copied_back)
+    # What it packs before dK/dV leave is among its copies.
+    back = dataclasses.replace(made.back, packed=np.zeros_like(made.back.packed))
+    return dataclasses.replace(made, merged=False, back=back, copied=copied, copied_back=copied_back)
 
 
 def _wire(
