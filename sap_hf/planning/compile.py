@@ -157,7 +157,7 @@ def _kept(exchanges: list[Exchange], calls: list[_Call], size: int) -> Int64:
         if len(own) < len(call.k):
             beside[own] = True
     sent = np.zeros(size, bool)
-    runs = [slice(m.start, m.stop) for e in exchanges if e.packed is None for m in e.sends]
+    runs = [np.arange(m.start, m.stop) for e in exchanges if e.packed is None for m in e.sends]
     for leaving in (*runs, *(e.packed for e in exchanges if e.packed is not None)):
         sent[leaving] = True
     kept = np.flatnonzero(beside | sent | (parts > 1))
