@@ -82,7 +82,7 @@ class Call:
     def places(self, device: torch.device) -> Places:
         """Where this rank's rows lie; derived once per batch."""
         plan, rank = self.shard.plan, self.shard.group.rank
-        return cast(Places, _once(plan, ("places", rank, device), lambda: _places(plan, rank, device)))
+        return cast(Places, once(plan, ("places", rank, device), lambda: _places(plan, rank, device)))
 
     def _biased(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, bias: Bias
@@ -99,7 +99,7 @@ class Call:
             k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
         rank = self.shard.group.rank
         key = ("bias", type(self.layer), q.shape[1], scaling, dtype, rank, q.device)
-        columns = _once(
+        columns = once(
             self.shard.plan, key, lambda: columns_of(bias(self.places(q.device)), scaling, dtype).unsqueeze(0)
         )
         k = torch.cat([k, cast(torch.Tensor, columns)], -1)
@@ -135,10 +135,11 @@ def chunked(plan: Plan, size: int) -> Plan:
 
     if size >= int(plan.documents.lengths.max()):
         return plan
-    return cast(Plan, _once(plan, ("chunks", size), cut))
+    return cast(Plan, once(plan, ("chunks", size), cut))
 
 
-def _once(plan: Plan, key: object, make: Callable[[], object]) -> object:
+def once(plan: Plan, key: object, make: Callable[[], object]) -> object:
+    """What `make` gives, made once per plan and key."""
     if key not in plan.derived:
         plan.derived[key] = make()
     return plan.derived[key]

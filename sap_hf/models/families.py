@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from sap_hf.errors import UnsupportedAttention
-from sap_hf.models.table import entry_of
+from sap_hf.models.table import entry_of, mixes
 
 # model_type of the config that the model itself is built from.
 EXACT_FAMILIES = (
@@ -24,6 +25,8 @@ EXACT_FAMILIES = (
     "arcee",
     "aria_text",
     "axk1",
+    "bailing_hybrid",
+    "bamba",
     "beam",
     "bert",
     "bert-generation",
@@ -54,6 +57,8 @@ EXACT_FAMILIES = (
     "exaone4",
     "exaone_moe",
     "falcon",
+    "falcon_h1",
+    "falcon_mamba",
     "flex_olmo",
     "flint",
     "gemma",
@@ -77,6 +82,7 @@ EXACT_FAMILIES = (
     "granite_swa",
     "granitemoe",
     "granitemoe_swa",
+    "granitemoehybrid",
     "granitemoeshared",
     "helium",
     "hrm_text",
@@ -87,12 +93,20 @@ EXACT_FAMILIES = (
     "internlm3",
     "iquestcoder",
     "jais2",
+    "jamba",
     "jetmoe",
+    "kimi_linear",
     "kolibri1",
     "laguna",
+    "lara_mini",
+    "lfm2",
+    "lfm2_moe",
+    "lfm3",
     "llama",
     "llama4_text",
     "longcat_flash",
+    "mamba",
+    "mamba2",
     "mellum",
     "mimo_v2_flash",
     "minicpm3",
@@ -107,9 +121,11 @@ EXACT_FAMILIES = (
     "mpt",
     "nanochat",
     "nemotron",
+    "nemotron_h",
     "olmo",
     "olmo2",
     "olmo3",
+    "olmo_hybrid",
     "olmoe",
     "openai-gpt",
     "opt",
@@ -120,7 +136,10 @@ EXACT_FAMILIES = (
     "qwen2",
     "qwen2_moe",
     "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_moe",
+    "qwen3_next",
     "roberta",
     "roberta-prelayernorm",
     "roc_bert",
@@ -137,16 +156,20 @@ EXACT_FAMILIES = (
     "xlm-roberta-xl",
     "xmod",
     "youtu",
+    "zamba",
+    "zamba2",
+    "zaya",
 )
 
+_MIXES = (
+    r"^(?!.*Norm).*"
+    r"(Conv1d$|Mixer$|Mamba|DeltaNet|DeltaAttention|ShortConv|LightningAttention|RecurrentBlock|Rwkv|xLSTM)"
+)
 _SECOND_LOOK = r"Indexer$|Compressor$|BlockSparse|LSHSelf|DogeAttention$"
 # Names of modules that say why a family is not exact, and the reason.
 _REASONS = (
     (r"CrossAttention$", "attends to the rows of another model, which no plan knows."),
-    (
-        r"Conv1d$|Mixer$|Mamba|DeltaNet|DeltaAttention|ShortConv|LightningAttention|RecurrentBlock|Rwkv|xLSTM",
-        "mixes neighbouring tokens outside attention; the rows of a document lie on several ranks.",
-    ),
+    (_MIXES, "mixes neighbouring tokens outside attention; the rows of a document lie on several ranks."),
     (_SECOND_LOOK, "chooses its keys by a second look at the whole document, which ranks do not share."),
     (r"Ngram|RelativeAttention$|^CpmAnt", "adds a bias between tokens that a sharded pack has no place for."),
     (
@@ -181,23 +204,48 @@ def attention_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         reason = _why_not(layer)
         if reason:
             raise UnsupportedAttention(f"{config.model_type}: {name} ({type(layer).__name__}) {reason}")
-    if not layers:
+    if not layers and not any(mixes(type(module)) for module in model.modules()):
         raise UnsupportedAttention(
             f"{config.model_type}: {type(model).__name__} has no attention layer to patch."
         )
     return layers
 
 
-def windows(model: torch.nn.Module) -> dict[int | None, int]:
-    """{window: number of layers} as the config states it; None is full attention."""
+def mixer_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules that mix neighbouring tokens outside attention, by name; ranks hold consecutive rows for them.
+
+    Raises:
+        UnsupportedAttention: a layer that seems to do so and is not in the patch table.
+    """
+    found = {name: module for name, module in model.named_modules() if mixes(type(module))}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if name and re.search(_MIXES, kind) and not _is_of(name, found):
+            config: Any = model.config
+            raise UnsupportedAttention(
+                f"{config.model_type}: {name} ({kind}) mixes neighbouring tokens outside attention, and is not in the "
+                "patch table."
+            )
+    return found
+
+
+def windows(model: torch.nn.Module, layers: dict[str, torch.nn.Module]) -> dict[int | None, int]:
+    """{window: number of attention layers} as the config states it; None is full attention."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return {window: config.num_hidden_layers}
-    return dict(Counter(window if kind == "sliding_attention" else None for kind in kinds))
+    return dict(Counter(_window(config, layer) for layer in layers.values())) or {None: 0}
+
+
+def _window(config: Any, layer: Any) -> int | None:
+    if getattr(layer, "attention_type", None) == "local":
+        return int(config.window_size)
+    kinds, index = getattr(config, "layer_types", None), getattr(layer, "layer_idx", None)
+    kind = "sliding_attention" if kinds is None else "" if index is None else kinds[index]
+    if kind == "chunked_attention":
+        # What a row of a chunk sees on average: as much is computed with this window.
+        return int(config.attention_chunk_size + 1) // 2
+    if "sliding" in kind and getattr(config, "use_sliding_window", True) is not False:
+        return getattr(config, "sliding_window", None)
+    return None
 
 
 def honours_interface(layer: torch.nn.Module) -> bool:
@@ -219,8 +267,15 @@ def _find(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def _is_attention(module: torch.nn.Module) -> bool:
+    if mixes(type(module)):
+        return False
     named = type(module).__name__.endswith(("Attention", "MLA")) and hasattr(module, "layer_idx")
     return named or entry_of(type(module)) is not None
+
+
+def _is_of(name: str, mixers: Iterable[str]) -> bool:
+    """Whether this is a mixer, a part of one, or the block around it: they are called alike."""
+    return any(f"{name}.".startswith(f"{mixer}.") or mixer.startswith(f"{name}.") for mixer in mixers)
 
 
 def _why_not_family(model: torch.nn.Module) -> str:
@@ -229,10 +284,13 @@ def _why_not_family(model: torch.nn.Module) -> str:
     parts = [name for name in getattr(config, "sub_configs", None) or {} if hasattr(config, name)]
     if parts:
         return f"it is made of several models ({', '.join(parts)}), and only text models are split."
-    classes = {name: type(module).__name__ for name, module in model.named_modules() if name}
+    mixers = tuple(name for name, module in model.named_modules() if mixes(type(module)))
     for pattern, reason in _REASONS:
-        for name, kind in classes.items():
-            if re.search(pattern, kind) and not kind.endswith("Model"):
+        for name, module in model.named_modules():
+            kind = type(module).__name__
+            if not name or not re.search(pattern, kind) or kind.endswith("Model"):
+                continue
+            if not _is_of(name, mixers):
                 return f"{name} ({kind}) {reason}"
     return f"{type(model).__name__} has not been shown to be exact when a pack is split over ranks."
 

@@ -32,11 +32,11 @@ KEYWORD = "sap_shard"
 
 @dataclasses.dataclass(eq=False)
 class Shard:
-    """What every attention layer of one sharded forward needs.
+    """What every layer of one sharded forward needs that looks at other tokens.
 
     Attributes:
         plan: how the ranks of `group` attend to this pack.
-        layers: ids of the attention layers of the model that is running.
+        layers: ids of the attention layers, and of those that mix neighbouring tokens, of the model that is running.
         seen: ids of the layers that came through here in this forward.
         kept: per layer, out and lse between a checkpointed forward and its recompute; None without checkpointing.
         running: the forward has not ended: a layer that comes is no recompute.

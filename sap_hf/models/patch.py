@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -13,10 +14,10 @@ import torch
 from sap_hf.config import SapConfig
 from sap_hf.errors import UnsupportedAttention
 from sap_hf.models import router
-from sap_hf.models.families import attention_layers
+from sap_hf.models.families import attention_layers, mixer_layers
 from sap_hf.models.interface import NAME, originals, register, unregister
 from sap_hf.models.sharding import Sharding
-from sap_hf.models.table import TABLE, entry_of, install, uninstall
+from sap_hf.models.table import TABLE, entry_of, install, mixes, uninstall
 from sap_hf.runtime.group import CpGroup, attached, world
 
 
@@ -25,7 +26,7 @@ class Patch:
     """What `patch_model` did to a model.
 
     Attributes:
-        classes: {attention class: number of layers}.
+        classes: {class: number of layers}, of those that attend and those that mix neighbouring tokens.
         table: those of them that are patched at class level; the others go through the interface.
         sharding: the hooks that cut batches and put outputs together.
         original: the attention implementation before.
@@ -34,13 +35,18 @@ class Patch:
     classes: dict[type, int]
     table: list[type]
     sharding: Sharding
-    configs: list[Any]
     original: str
+    configs: list[Any] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         return ", ".join(
             f"{cls.__name__} x{count}: via {self._way(cls)}" for cls, count in self.classes.items()
         )
+
+    @property
+    def through_interface(self) -> bool:
+        """Whether some class attends, and all that do ask transformers' attention interface."""
+        return len(self.classes) > len(self.table) and all(mixes(cls) for cls in self.table)
 
     def _way(self, cls: type) -> str:
         return f"{TABLE[cls.__name__].method} patched" if cls in self.table else "interface"
@@ -67,47 +73,44 @@ def patch_model(
         config: a SapConfig, the path of its YAML, or None; options override its fields.
         group: the ranks that share a batch; None is the group that SapPlugin made, else all ranks.
 
+    A deep copy of a patched model is a plain one.
+
     Returns:
         The Patch; `print` it to see the classes patched and how.
 
     Raises:
-        UnsupportedAttention: a model that is not exact; nothing has been changed then.
+        UnsupportedAttention: a model that is not exact, or not with this layout; nothing has been changed then.
     """
     resolved = SapConfig.resolve(config, options)
     if model in _patches:
         unpatch_model(model)
-    layers = attention_layers(model)
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention, mixers = attention_layers(model), mixer_layers(model)
+    base = _base(model)
     # It refuses what no batch could change, before anything is changed.
-    sharding = Sharding(model, layers, resolved, group or attached() or world())
+    sharding = Sharding(model, attention, mixers, resolved, group or attached() or world())
     register()
     original = base.config._attn_implementation
-    classes = Counter(type(layer) for layer in layers.values())
-    table = [cls for cls in classes if entry_of(cls) is not None]
-    if table:
-        # These classes chose their attention when they were built; the name is for the mask alone.
-        base.config._attn_implementation_internal = NAME
-        install(table)
-    else:
-        base.set_attn_implementation(NAME)
+    classes = Counter(type(layer) for layer in (attention | mixers).values())
+    patch = Patch(
+        classes=dict(classes),
+        table=[cls for cls in classes if entry_of(cls) is not None],
+        sharding=sharding,
+        original=original,
+    )
+    _set_implementation(base, patch, NAME)
     if base.config._attn_implementation != NAME:
-        sharding.remove()
+        sharding.remove(model)
         raise UnsupportedAttention(
             f"{base.config.model_type}: {type(base).__name__} refused the attention implementation {NAME!r}."
         )
+    install(patch.table)
     router.install(base)
-    configs = list(
+    patch.configs = list(
         {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}.values()
     )
-    for each in configs:
+    for each in patch.configs:
         originals[id(each)] = original
-    patch = Patch(
-        classes=dict(classes),
-        table=table,
-        sharding=sharding,
-        configs=configs,
-        original=original,
-    )
+    sharding.on_copy = functools.partial(_restore, patch)
     _patches[model] = patch
     return patch
 
@@ -116,15 +119,14 @@ def unpatch_model(model: torch.nn.Module) -> None:
     """Undo `patch_model`; a model that was never patched stays as it is."""
     patch = _patches.pop(model, None)
     if patch is None:
+        for hook in list(model._forward_pre_hooks.values()):
+            sharding = getattr(hook, "__self__", None)
+            if isinstance(sharding, Sharding) and sharding.on_copy is not None:
+                sharding.on_copy(model)
         return
-    patch.sharding.remove()
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if patch.table:
-        base.config._attn_implementation_internal = patch.original
-        uninstall(patch.table)
-    else:
-        base.set_attn_implementation(patch.original)
-    router.uninstall(base)
+    _restore(patch, model)
+    uninstall(patch.table)
+    router.uninstall(_base(model))
     for config in patch.configs:
         originals.pop(id(config), None)
     unregister()
@@ -133,3 +135,22 @@ def unpatch_model(model: torch.nn.Module) -> None:
 def find_patch(model: torch.nn.Module) -> Patch | None:
     """The patch of a model, or None."""
     return _patches.get(model)
+
+
+def _base(model: Any) -> Any:
+    """The transformers model in a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _restore(patch: Patch, model: torch.nn.Module) -> None:
+    """Give the patched model, or a copy of it, back what it had; what others use too stays."""
+    patch.sharding.remove(model)
+    _set_implementation(_base(model), patch, patch.original)
+
+
+def _set_implementation(base: Any, patch: Patch, name: str) -> None:
+    if patch.through_interface:
+        base.set_attn_implementation(name)
+    else:
+        # These classes chose their attention when they were built; the name is for the mask alone.
+        base.config._attn_implementation_internal = name

@@ -60,14 +60,22 @@ class Sharding:
         last_plan: the plan of the newest sharded forward.
         ahead: called with the inputs of every training forward: what was prepared for them, or None, and whether all
             ranks have agreed upon it already.
+        on_copy: called with a deep copy of the model, whose hooks are these ones too, before its first forward.
     """
 
     def __init__(
-        self, model: torch.nn.Module, layers: dict[str, torch.nn.Module], config: SapConfig, group: CpGroup
+        self,
+        model: torch.nn.Module,
+        attention: dict[str, torch.nn.Module],
+        mixers: dict[str, torch.nn.Module],
+        config: SapConfig,
+        group: CpGroup,
     ):
-        self.model, self.layers, self.config, self.group = model, layers, config, group
-        self.windows = windows(model)
-        self._shape = _shape(model, layers)
+        self.model, self.config, self.group = model, config, group
+        self.layers = attention | mixers
+        self.windows = windows(model, attention)
+        self._layout = _layout(config.layout, mixers)
+        self._shape = _shape(model, attention)
         self._text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
         self._ulysses_size = group.ulysses_size if config.ulysses_size == "auto" else config.ulysses_size
         if group.size > 1:
@@ -78,11 +86,12 @@ class Sharding:
         self.eval_outputs = True
         self.last_plan: Plan | None = None
         self.ahead: Callable[[dict[str, Any]], tuple[Prepared | None, bool]] | None = None
+        self.on_copy: Callable[[torch.nn.Module], None] | None = None
         self._batch: Batch | None = None
         self._counts_given = False
         self._all_layers_seen = False
-        self._layer_ids = frozenset(id(layer) for layer in layers.values())
-        self._drops_keywords = any(entry_of(type(layer)) is not None for layer in layers.values())
+        self._layer_ids = frozenset(id(layer) for layer in self.layers.values())
+        self._drops_keywords = any(entry_of(type(layer)) is not None for layer in self.layers.values())
         self._blocks: list[Any] = [
             block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)
         ]
@@ -93,14 +102,26 @@ class Sharding:
             *hook_lengths(model),
         ]
 
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+    def remove(self, model: torch.nn.Module) -> None:
+        """Take the hooks off the model, or off a copy of it, which has them under the same numbers."""
+        for module in model.modules():
+            for name, hooks in vars(module).items():
+                if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+                    for handle in self._handles:
+                        hooks.pop(handle.id, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sharding:
+        """Itself: the hooks of a copied model still say whose they were."""
+        return self
 
     def _before(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # Not whether it is the model itself: what torch replicates shares these hooks.
+        if module._forward_pre_hooks is not self.model._forward_pre_hooks:
+            if self.on_copy is not None:
+                self.on_copy(module)
+            return None
         state.shard, self._batch = None, None
         inputs = self._by_name(args, kwargs)
         if not _shardable(module, inputs):
@@ -165,7 +186,7 @@ class Sharding:
                 Documents(np.frombuffer(cu_seqlens, np.int64).copy()),
                 self.group.size,
                 strategy=self.config.strategy,
-                layout=self.config.layout,
+                layout=self._layout,
                 windows=self.windows,
                 delivery=self.config.delivery,
                 shape=self._shape,
@@ -230,14 +251,14 @@ class Sharding:
         return whole.index_copy(0, tokens, rows).unflatten(0, batch.shape)
 
     def _check_all_seen(self, shard: Shard) -> None:
-        """In the first forward, make sure that every attention layer came through us."""
+        """In the first forward, make sure that every layer that looks at other tokens came through us."""
         if self._all_layers_seen:
             return
         missing = [name for name, layer in self.layers.items() if id(layer) not in shard.seen]
         if missing:
             raise UnsupportedAttention(
-                f"{type(self.model).__name__}: {len(missing)} of {len(self.layers)} attention layers did not go "
-                f"through sap_hf, the first is {missing[0]}. Its result would have been wrong."
+                f"{type(self.model).__name__}: {len(missing)} of {len(self.layers)} layers that look at other "
+                f"tokens did not go through sap_hf, the first is {missing[0]}. Its result would have been wrong."
             )
         self._all_layers_seen = True
 
@@ -249,16 +270,40 @@ class Sharding:
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def _layout(asked: str, mixers: dict[str, torch.nn.Module]) -> str:
+    """The layout to plan with: what was asked for, or the only one where layers mix neighbouring tokens.
+
+    Raises:
+        UnsupportedAttention: another one was asked for.
+    """
+    if not mixers:
+        return asked
+    if asked not in ("auto", "contiguous"):
+        name, layer = next(iter(mixers.items()))
+        raise UnsupportedAttention(
+            f"{name} ({type(layer).__name__}) mixes neighbouring tokens, which layout={asked!r} puts on several "
+            "ranks.\n  Set layout='contiguous' or 'auto'."
+        )
+    return "contiguous"
+
+
 def _shape(model: torch.nn.Module, layers: dict[str, torch.nn.Module]) -> Shape:
     """The model's first attention layer, for modelled seconds and the heads that may be exchanged."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if not layers:
+        # Any will do where none attends.
+        return Shape(num_heads=1, num_kv_heads=1, head_dim=1, bytes_per_element=_bytes_per_element(model))
     # Where layers differ (gemma4), the config has no head_dim and raises when it is asked for one.
     layer: Any = next(iter(layers.values()))
     # As many as each layer has (laguna's layers have numbers of their own).
-    heads = min(getattr(config, "num_attention_heads_per_layer", None) or [config.num_attention_heads])
+    each = getattr(config, "num_attention_heads_per_layer", None) or [config.num_attention_heads]
+    heads, kv_heads = min(each), each[0] // getattr(layer, "num_key_value_groups", 1)
+    if not getattr(config, "alibi", False):
+        # Falcon's layer says it so; its bias needs a key of each head.
+        kv_heads = getattr(layer, "num_kv_heads", kv_heads)
     return Shape(
         num_heads=heads,
-        num_kv_heads=max(1, heads // getattr(layer, "num_key_value_groups", 1)),
+        num_kv_heads=min(heads, kv_heads),
         head_dim=getattr(layer, "head_dim", None) or config.hidden_size // heads,
         bytes_per_element=_bytes_per_element(model),
     )

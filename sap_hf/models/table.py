@@ -1,8 +1,9 @@
-"""The patch table: attention classes that never ask transformers' attention interface, or hide from it what matters.
+"""The patch table: classes of transformers that are patched one by one, at class level.
 
-One entry names the method that is replaced at class level and the function of `bypass` that does its work. The patched
-method goes there while a pack is sharded and to the original at all other times, so a patched and an unpatched model
-of one class live side by side.
+They are attention classes that never ask transformers' attention interface, or hide from it what matters, and layers
+that mix neighbouring tokens without attention. One entry names the method that is replaced and the function that does
+its work. The patched method goes there while a pack is sharded and to the original at all other times, so a patched and
+an unpatched model of one class live side by side.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sap_hf.errors import UnsupportedAttention
-from sap_hf.models import bypass
+from sap_hf.models import bypass, delta_net, mamba, short_conv
 from sap_hf.models.bypass import Call, heads_given
 from sap_hf.models.interface import KEYWORD, NAME, originals, state
 
@@ -45,7 +46,23 @@ def _given_its_window(call: Call, *args: Any, **kwargs: Any) -> Any:
     return call.original(call.layer, *args, **{**kwargs, "sliding_window": window})
 
 
+def _mixing(function: Callable[..., Any]) -> Entry:
+    """For a layer that mixes neighbouring tokens: seen as soon as it is called."""
+
+    def sharded(call: Call, *args: Any, **kwargs: Any) -> Any:
+        call.shard.seen.add(id(call.layer))
+        return function(call, *args, **kwargs)
+
+    return Entry("forward", sharded)
+
+
+MIXERS = {
+    name: _mixing(function)
+    for module in (delta_net, mamba, short_conv)
+    for name, function in module.MIXERS.items()
+}
 TABLE = {
+    **MIXERS,
     "Attention": Entry("_attn", bypass.openai, lambda layer: layer.attn_dropout.p),
     "BloomAttention": Entry("forward", bypass.bloom, lambda layer: layer.attention_dropout.p),
     "CodeGenAttention": Entry("_attn", heads_given(lambda layer: 1 / float(layer.scale_attn))),
@@ -81,6 +98,11 @@ def entry_of(cls: type) -> Entry | None:
     """How to patch this class; None where it is not in the table, or asks the interface (as from transformers 5.24)."""
     entry = TABLE.get(cls.__name__)
     return entry if entry is not None and hasattr(cls, entry.method) else None
+
+
+def mixes(cls: type) -> bool:
+    """Whether the layer mixes neighbouring tokens outside attention, and is in the table."""
+    return cls.__name__ in MIXERS and entry_of(cls) is not None
 
 
 # Patched classes and the number of patched models that need each.

@@ -29,6 +29,7 @@ WORLDS = tuple(LAYOUTS)
 ROUTER_LOSS = "load_balancing_loss_func"
 # What `make test` runs: one of each kind. The others are for `make matrix`.
 SHARD = (
+    "bamba",
     "cohere2",
     "deepseek_v3",
     "gemma2",
@@ -36,6 +37,8 @@ SHARD = (
     "gemma4_text",
     "gpt_neox",
     "gpt_oss",
+    "jamba",
+    "lfm2",
     "llama",
     "mixtral",
     "olmo2",
@@ -43,6 +46,7 @@ SHARD = (
     "phi3-longrope",
     "qwen2-window",
     "qwen3",
+    "qwen3_next",
     "roberta",
     "stablelm",
     "starcoder2",
@@ -190,7 +194,7 @@ def on_ranks(case: Case, layout: str, generates: bool) -> Shared:
         # transformers hooks the routers when they are first asked, and leaves its hooks there.
         model(input_ids=families.pack()["input_ids"], output_router_logits=True)
     before = anatomy(model)
-    patch = sap_hf.patch_model(model, layout=layout)
+    patch = sap_hf.patch_model(model, layout=layout_for(model, layout))
     patched = anatomy(model)
     with features_asked() as features:
         answers = {name: shared_row(model, lengths) for name, lengths in ROWS.items()}
@@ -212,6 +216,13 @@ def on_ranks(case: Case, layout: str, generates: bool) -> Shared:
         [key for key in before if before[key] != after[key]],
         generated,
     )
+
+
+def layout_for(model: nn.Module, layout: str) -> str:
+    """The layout asked for, where layers that mix neighbouring tokens leave the choice."""
+    from sap_hf.models.families import mixer_layers
+
+    return "contiguous" if layout != "auto" and mixer_layers(model) else layout
 
 
 @contextlib.contextmanager

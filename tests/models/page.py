@@ -18,9 +18,11 @@ Written by `make matrix` (transformers {transformers}, torch {torch}, CPU, float
 gradients on 2 and on 4 ranks equal every document run alone, for a packed row and for a single document, and no
 document sees another one. The errors are the largest of all, as parts of the largest entry. "asked" is what the
 type's layers ask of attention beyond full causal attention; "router" that the mixture's router loss is compared too.
-Everything else is refused before training, by the message at the end of this page.
+Where layers mix neighbouring tokens without attention (convolutions, recurrences), ranks hold consecutive rows (layout
+contiguous) and pass on to each other what such a layer needs. Everything else is refused before training, by the
+message at the end of this page.
 
-| type | attention | asked | error, 2 ranks | error, 4 ranks |
+| type | layers | asked | error, 2 ranks | error, 4 ranks |
 |---|---|---|---|---|
 """
 REFUSED = """\

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from sap_hf.models import delta_net, mamba, short_conv
+from sap_hf.models.table import MIXERS, TABLE
 from tests.dist import run_ranks
 from tests.models import page
 from tests.models.matrix import EXACT, SHARD, WORLDS, Errors, Result, cases, compare, is_exact
@@ -77,10 +79,10 @@ def test_generation_on_one_rank_equals_the_plain_model(results: dict[int, dict[s
 
 
 @pytest.mark.matrix
-def test_at_least_105_types_are_exact(results: dict[int, dict[str, Any]]) -> None:
+def test_at_least_142_types_are_exact(results: dict[int, dict[str, Any]]) -> None:
     types = {name for name, case in CASES.items() if name == case.model_type}
     exact = {name for name in types if all(is_exact(results[world][name]) for world in WORLDS)}
-    assert len(exact) >= 105
+    assert len(exact) >= 142
     assert exact == types
 
 
@@ -92,4 +94,7 @@ def test_the_shard_has_one_of_each_kind(results: dict[int, dict[str, Any]]) -> N
     seen = {feature for name in SHARD for feature in result_of(results, name, 2).features}
     assert seen == {"window", "softcap", "sinks", "other width of v", "shared keys"}
     assert any("router" in result_of(results, name, 2).rows for name in SHARD)
-    assert any("patched" in result_of(results, name, 2).report for name in SHARD)
+    reports = " ".join(result_of(results, name, 2).report for name in SHARD)
+    assert any(name in reports for name in TABLE if name not in MIXERS)
+    for module in (delta_net, mamba, short_conv):
+        assert any(name in reports for name in module.MIXERS)

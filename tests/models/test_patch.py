@@ -3,20 +3,26 @@ are recomputed."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
 import sap_hf
+from sap_hf.models import interface
 from sap_hf.runtime.group import CpGroup
 from tests.dist import run_ranks
 from tests.models import families
-from tests.models.matrix import EXACT, anatomy, router_loss_alone
+from tests.models.matrix import EXACT, anatomy, layout_for, router_loss_alone
 from tests.models.tiny import config_of
 
-# One layer runs several times in a forward, or its block keeps keyword arguments from it.
-RECOMPUTED = ("llama", "hrm_text", "dory", "nemotron", "stablelm", "qwen2_moe")
+# One layer runs several times in a forward, or its block keeps keyword arguments from it, or it passes something on to
+# the next rank.
+RECOMPUTED = (
+    *("llama", "hrm_text", "dory", "nemotron", "stablelm", "qwen2_moe"),
+    *("bamba", "jamba", "lfm2", "qwen3_next", "zamba2"),
+)
 OTHER = (4, 20, 3)
 
 
@@ -56,7 +62,7 @@ def recomputed(rank: int, world: int, reentrant: bool) -> dict[str, tuple[float,
         with families.only_float64():
             model: Any = families.build(name)
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            sap_hf.patch_model(model, layout="zigzag")
+            sap_hf.patch_model(model, layout=layout_for(model, "zigzag"))
             model.train()
             loss = model(**families.pack()).loss
             model(**families.pack(OTHER))
@@ -200,3 +206,41 @@ def test_a_refusal_leaves_the_model_as_it_was() -> None:
         sap_hf.patch_model(model, group=group, ulysses_size=3)
     assert model.config._attn_implementation == before
     assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["llama", "stablelm", "lfm2"])
+@pytest.mark.parametrize("first", ["forward", "unpatch the copy", "unpatch the model"])
+def test_a_copy_of_a_patched_model_is_a_plain_one(name: str, first: str) -> None:
+    row = families.pack()
+    model: Any = families.build(name)
+    plain, before = model(**row, use_cache=False).logits, anatomy(model)
+    sap_hf.patch_model(model)
+    shared = model(**row).logits
+    copied = copy.deepcopy(model)
+    if first == "unpatch the copy":
+        sap_hf.unpatch_model(copied)
+    elif first == "unpatch the model":
+        sap_hf.unpatch_model(model)
+    assert torch.equal(copied(**row, use_cache=False).logits, plain)
+    if first != "unpatch the model":
+        assert torch.equal(model(**row).logits, shared)
+        sap_hf.unpatch_model(model)
+    assert anatomy(copied) == anatomy(model) == before
+
+
+@pytest.mark.parametrize("name", ["falcon", "gpt_bigcode", "laguna", "qwen3"])
+def test_plans_are_made_for_the_heads_that_travel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[tuple[int, int]] = set()
+    original = interface.attention
+
+    def attention(q: torch.Tensor, k: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        asked.add((q.shape[1], k.shape[1]))
+        return original(q, k, *args, **options)
+
+    monkeypatch.setattr(interface, "attention", attention)
+    model: Any = families.build(name)
+    shape = sap_hf.patch_model(model).sharding._shape
+    model(**families.pack())
+    sap_hf.unpatch_model(model)
+    # Where layers differ, the fewest query heads.
+    assert (shape.num_heads, shape.num_kv_heads) == min(asked)

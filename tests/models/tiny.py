@@ -18,16 +18,19 @@ LAYERS = 3
 WIDTHS = {
     32: "hidden_size d_model n_embd embed_dim dim_model word_embed_proj_dim embedding_size",
     48: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner ffn_hidden_size dim_ff d_ff dff",
-    24: "moe_intermediate_size shared_expert_intermediate_size expert_intermediate_size shared_intermediate_size "
-    "intermediate_size_mlp prefix_dense_intermediate_size",
+    24: "moe_intermediate_size moe_shared_expert_intermediate_size shared_expert_intermediate_size "
+    "expert_intermediate_size shared_intermediate_size intermediate_size_mlp prefix_dense_intermediate_size",
     LAYERS: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers",
     4: "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads "
-    "num_experts num_local_experts n_routed_experts moe_num_experts rotary_dim qk_rope_head_dim",
-    2: "num_key_value_heads num_experts_per_tok experts_per_token moe_topk moe_top_k moe_k n_group topk_group",
+    "num_experts num_local_experts n_routed_experts moe_num_experts rotary_dim qk_rope_head_dim linear_num_value_heads "
+    "linear_num_heads mamba_num_heads mamba_chunk_size chunk_size",
+    2: "num_key_value_heads num_experts_per_tok experts_per_token moe_topk moe_top_k moe_k n_group topk_group "
+    "linear_num_key_heads n_groups mamba_n_groups mamba_ngroups",
     1: "n_shared_experts num_shared_experts first_k_dense_replace",
-    8: "head_dim v_head_dim qk_nope_head_dim global_head_dim swa_head_dim swa_v_head_dim",
-    12: "qk_head_dim kv_lora_rank",
-    16: "q_lora_rank",
+    8: "head_dim v_head_dim qk_nope_head_dim global_head_dim swa_head_dim swa_v_head_dim linear_key_head_dim "
+    "linear_head_dim mamba_d_state ssm_state_size state_size",
+    12: "qk_head_dim kv_lora_rank linear_value_head_dim",
+    16: "q_lora_rank mamba_head_dim",
     64: "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length original_max_position_embeddings",
     VOCAB: "vocab_size vocab_size_per_layer_input",
     WINDOW: "sliding_window attention_window_size window_size local_attention window",
@@ -52,12 +55,14 @@ COMMON: dict[str, Any] = {
 }
 
 BOTH_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
-# A state-space layer's sizes, where a type has one: never run, but its config checks them.
+# Layers that mix neighbouring tokens, with attention between them.
+HYBRID = ["linear_attention", "full_attention", "linear_attention"]
 STATE_SPACE = {"mamba_n_heads": 4, "mamba_d_head": 16}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "apertus1p5_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "bamba": STATE_SPACE,
+    "bailing_hybrid": {"layer_types": HYBRID},
+    "bamba": {"attn_layer_indices": [1], **STATE_SPACE},
     "beam": {"layer_types": BOTH_KINDS},
     "cohere2": {"layer_types": BOTH_KINDS},
     "cohere2_moe": {"layer_types": BOTH_KINDS},
@@ -86,6 +91,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "exaone4": {"layer_types": BOTH_KINDS},
     "exaone_moe": {"layer_types": BOTH_KINDS},
+    "falcon_h1": {"mamba_d_ssm": 64, "ssm_in_multiplier": 0.7, "ssm_out_multiplier": 1.5, **STATE_SPACE},
     "gemma2": {
         "layer_types": BOTH_KINDS,
         "attn_logit_softcapping": 5.0,
@@ -114,16 +120,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "window_size": WINDOW},
     "gpt_oss": {"layer_types": BOTH_KINDS},
     "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 2.0},
-    "granitemoehybrid": STATE_SPACE,
+    "granitemoehybrid": {"layer_types": HYBRID, **STATE_SPACE},
     "granite_swa": {"layer_types": BOTH_KINDS, "attention_multiplier": 0.3},
     "granitemoe": {"attention_multiplier": 0.3},
     "granitemoe_swa": {"layer_types": BOTH_KINDS, "attention_multiplier": 0.3},
     "granitemoeshared": {"attention_multiplier": 0.3},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1},
     "jetmoe": {"kv_channels": 8},
+    "kimi_linear": {"layer_types": HYBRID},
     "kolibri1": {"layer_types": BOTH_KINDS},
     "laguna": {"layer_types": BOTH_KINDS, "num_attention_heads_per_layer": [4, 2, 4]},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lara_mini": {"layer_types": ["linear_attention", "sliding_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm3": {"layer_types": ["conv", "full_attention", "sliding_attention"]},
     "llama4_text": {
         "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
         "no_rope_layers": [1, 0, 1],
@@ -151,14 +161,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "modernbert-decoder": {"layer_types": BOTH_KINDS},
     "olmo": {"clip_qkv": 1.0},
     "olmo3": {"layer_types": BOTH_KINDS},
+    "qwen3_5_moe_text": {"layer_types": HYBRID},
+    "qwen3_5_text": {"layer_types": HYBRID},
+    "qwen3_next": {"layer_types": HYBRID},
+    "qwen4_exp_text": {
+        "layer_types": HYBRID,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
     "reformer": {"axial_pos_embds": False},
     "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 61},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "vaultgemma": {"layer_types": BOTH_KINDS, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 5},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
-    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"], **STATE_SPACE},
-    "zaya": {"num_experts_per_tok": 1},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"]},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"]},
 }
 # The same types with what some of their checkpoints do otherwise: {name: (type, fields)}.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
