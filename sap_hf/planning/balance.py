@@ -45,18 +45,22 @@ def balanced(
     """
     p = Problem(documents.lengths, cp_size, windows, multiple)
     small = _is_small(documents, cp_size)
-    names = sorted(MEMBERS, key=lambda name: expected_rows(p, MEMBERS[name](p))) if small else list(MEMBERS)
+    starts = {name: make(p) for name, make in MEMBERS.items()} if small else {}
+    names = sorted(starts, key=lambda name: expected_rows(p, starts[name])) or list(MEMBERS)
     tries = len(ALWAYS) if small else 1
     best: tuple[tuple[int, int], Int64, str] | None = None
     for number, name in enumerate(names):
         if best is not None and best[0][0] == 0 and number >= tries:
             break
-        start = MEMBERS[name](p)
+        start = starts[name] if small else MEMBERS[name](p)
         # Improving a start makes it even; it seldom makes it move less.
         if best is not None and best[0][0] == 0 and rows_moved(p, start) >= best[0][1]:
             continue
         runs = improve(p, *start, LIMIT)
-        score = _score(p, runs)
+        uneven = _above_limit(p, runs)
+        if best is None and uneven == 0 and tries == 1:
+            return lay_out(documents, p, runs, name)
+        score = uneven, rows_moved(p, (runs[:, 1:], np.arange(len(runs)), runs[:, 0]))
         if best is None or score < best[0]:
             best = (score, runs, name)
     assert best is not None
@@ -82,11 +86,10 @@ def _is_small(documents: Documents, cp_size: int) -> bool:
     return len(documents) <= FEW_PER_RANK * cp_size and len(documents) * cp_size <= FEW
 
 
-def _score(p: Problem, runs: Int64) -> tuple[int, int]:
-    """Work above the limit, then rows moved."""
+def _above_limit(p: Problem, runs: Int64) -> int:
+    """Work of the busiest rank above the limit, in thousandths of the mean."""
     work = sum_by(runs[:, 0], p.upto(runs[:, 3]) - p.upto(runs[:, 2]), p.cp_size)
-    over = max(int(work.max()) * 1000 * p.cp_size - int(p.work.sum()) * LIMIT, 0)
-    return over, rows_moved(p, (runs[:, 1:], np.arange(len(runs)), runs[:, 0]))
+    return max(int(work.max()) * 1000 * p.cp_size - int(p.work.sum()) * LIMIT, 0)
 
 
 def document_aware(p: Problem, limit: int = LIMIT - 20, kept: int = 4) -> Start:
@@ -98,30 +101,31 @@ def document_aware(p: Problem, limit: int = LIMIT - 20, kept: int = 4) -> Start:
         limit: work that no rank should exceed, in thousandths of the mean.
         kept: of the work that filling a rank's rows will probably take, the quarters that tails leave free.
     """
-    lengths = p.lengths
-    order = np.argsort(-p.work, kind="stable")
-    u, v = p.shares(p.work, lengths)
-    most = SHARE * limit // 1000
-    spare = _spare(p, u) * kept // 4
+    u, v = p.scaled
+    large = int((u > SMALL).sum())
+    most, nearly, filled = SHARE * limit // 1000, SHARE - SHARE // 50, SHARE + SHARE // 50
+    spare = _spare(p) * kept // 4
     load, full = np.zeros(p.cp_size, np.int64), np.zeros(p.cp_size, np.int64)
+    # What a tail may take from a rank whose rows are not nearly all taken.
+    budget = np.full(p.cp_size, most - spare)
     runs: list[tuple[int, int, int]] = []
     rank: list[int] = []
-    # Sorted, and so a heap already.
-    columns = (-u[order], v[order], order, lengths[order])
+    some = p.by_work[:large]
+    columns = (-u[some], v[some], some, p.lengths[some])
     waiting: list[Waiting] = list(zip(*(column.tolist() for column in columns)))
+    heapq.heapify(waiting)
     while waiting and -waiting[0][0] > SMALL:
         minus_work, rows, document, stop = heapq.heappop(waiting)
-        work, start = -minus_work, 0
-        score = work * load + rows * full
-        fits = (load <= most - work) & (full <= SHARE + SHARE // 50 - rows)
-        to = int(np.where(fits, score, NEVER).argmin())
-        if not fits[to]:
-            budget = np.where(
-                full < SHARE - SHARE // 50, most - load - spare * (SHARE - full) // SHARE, -SHARE
-            )
+        work, start, to = -minus_work, 0, -1
+        if int(load.min()) <= most - work:
+            fits = (load <= most - work) & (full <= filled - rows)
+            best = int(np.where(fits, work * load + rows * full, NEVER).argmin())
+            to = best if fits[best] else -1
+        if to < 0:
             to = int(budget.argmax())
             amount = min(int(budget[to]), work)
             if amount < SHARE // 20:
+                score = work * load + rows * full
                 to = int((score + 16 * SHARE * np.maximum(full + rows - SHARE, 0)).argmin())
             else:
                 room = p.rows_per_rank * (SHARE - int(full[to])) // SHARE
@@ -135,41 +139,62 @@ def document_aware(p: Problem, limit: int = LIMIT - 20, kept: int = 4) -> Start:
         rank.append(to)
         load[to] += work
         full[to] += rows
-    _pour(sorted(waiting), load.tolist(), full.tolist(), runs, rank)
-    return np.array(runs, np.int64), np.arange(len(runs)), np.array(rank, np.int64)
+        taken, held = int(load[to]), int(full[to])
+        budget[to] = most - taken - spare * (SHARE - held) // SHARE if held < nearly else -SHARE
+    # Heads are left over beside the small documents.
+    small = p.by_work[large:]
+    heads = np.array(waiting, np.int64).reshape(-1, 4)
+    columns = (
+        np.concatenate([u[small], -heads[:, 0]]),
+        np.concatenate([v[small], heads[:, 1]]),
+        np.concatenate([small, heads[:, 2]]),
+        np.concatenate([p.lengths[small], heads[:, 3]]),
+    )
+    order = np.lexsort((columns[2], columns[1], -columns[0]))
+    work_of, rows_of, document_of, stop_of = (column[order] for column in columns)
+    poured = np.stack([document_of, np.zeros_like(order), stop_of], axis=1)
+    rank += _pour(work_of, rows_of, load.tolist(), full.tolist())
+    placed = np.concatenate([np.array(runs, np.int64).reshape(-1, 3), poured])
+    return placed, np.arange(len(placed)), np.array(rank, np.int64)
 
 
-def _pour(
-    waiting: list[Waiting],
-    load: list[int],
-    full: list[int],
-    runs: list[tuple[int, int, int]],
-    rank: list[int],
-) -> None:
-    """Small documents, largest first, each to the rank with the least of what such documents weigh in."""
-    block = 2 * len(load)
-    for first in range(0, len(waiting), block):
-        part = waiting[first : first + block]
-        work_weight, row_weight = (
-            max(1, -sum(x[0] for x in part) >> 10),
-            max(1, sum(x[1] for x in part) >> 10),
-        )
-        heap = [(work_weight * w + row_weight * r, to) for to, (w, r) in enumerate(zip(load, full))]
+def _pour(work: Int64, rows: Int64, load: list[int], full: list[int]) -> list[int]:
+    """Small documents in their order, each to the rank with the least of what such documents weigh in.
+
+    Args:
+        work, rows: of each document. load, full: of each rank; added to.
+
+    Returns:
+        The ranks.
+    """
+    if not len(work):
+        return []
+    ranks, block = len(load), 2 * len(load)
+    first = np.arange(0, len(work), block)
+    work_weight, row_weight = (np.maximum(np.add.reduceat(of, first) >> 10, 1) for of in (work, rows))
+    # The rank is the last digit of a key, so that the first of equal ones is taken.
+    of_block = np.arange(len(work)) // block
+    amounts = (work_weight[of_block] * work + row_weight[of_block] * rows) * ranks
+    documents = list(zip(amounts.tolist(), work.tolist(), rows.tolist()))
+    taken: list[int] = []
+    for at, w, r in zip(first.tolist(), work_weight.tolist(), row_weight.tolist()):
+        heap = [(w * load[to] + r * full[to]) * ranks + to for to in range(ranks)]
         heapq.heapify(heap)
-        for minus_work, rows, document, stop in part:
-            key, to = heap[0]
-            heapq.heapreplace(heap, (key - work_weight * minus_work + row_weight * rows, to))
-            runs.append((document, 0, stop))
-            rank.append(to)
-            load[to] -= minus_work
-            full[to] += rows
+        for amount, its_work, its_rows in documents[at : at + block]:
+            to = heap[0] % ranks
+            heapq.heapreplace(heap, heap[0] + amount)
+            taken.append(to)
+            load[to] += its_work
+            full[to] += its_rows
+    return taken
 
 
-def _spare(p: Problem, u: Int64) -> int:
+def _spare(p: Problem) -> int:
     """Work to keep free on a rank for filling all of its rows, in SHARE: what the shortest documents weigh."""
+    u, _ = p.scaled
     long = u > SHARE * 6 // 10
     need = int((np.maximum(u[long], SHARE) * p.rows_per_rank // SHARE).sum() - p.lengths[long].sum())
-    rest = np.argsort(p.work + np.where(long, p.work.max() + 1, 0), kind="stable")[: int((~long).sum())]
+    rest = p.by_work[int(long.sum()) :][::-1]
     if need <= 0 or not len(rest):
         return 0
     taken = rest[: int(np.searchsorted(np.cumsum(p.lengths[rest]), need)) + 1]
@@ -178,7 +203,7 @@ def _spare(p: Problem, u: Int64) -> int:
 
 def zigzag_parts(p: Problem, part: int = 1000) -> Start:
     """Documents with more than `part` thousandths of a rank's work, or rows, are cut zigzag; then largest first."""
-    u, _ = p.shares(p.work, p.lengths)
+    u, _ = p.scaled
     parts = np.maximum(-(-p.lengths // p.rows_per_rank), -(-u * 1000 // (SHARE * part)))
     parts = np.maximum(np.minimum(np.minimum(parts, p.cp_size), p.lengths // 2), 1)
     chunks = np.where(parts > 1, 2 * parts, 1)
@@ -195,20 +220,18 @@ def zigzag_parts(p: Problem, part: int = 1000) -> Start:
 
 def _largest_first(p: Problem, work: Int64, rows: Int64) -> Int64:
     load, full = np.zeros(p.cp_size, np.int64), np.zeros(p.cp_size, np.int64)
-    order = np.argsort(-work, kind="stable").tolist()
+    order = np.argsort(-work, kind="stable")
     rank = np.zeros(len(order), np.int64)
-    large = [i for i in order if work[i] > SMALL]
-    for i in large:
-        score = work[i] * load + rows[i] * full + 16 * SHARE * np.maximum(full + rows[i] - SHARE, 0)
+    large = int((work > SMALL).sum())
+    some = order[:large]
+    for i, weight, held in zip(some.tolist(), work[some].tolist(), rows[some].tolist()):
+        score = weight * load + held * full + 16 * SHARE * np.maximum(full + (held - SHARE), 0)
         to = score.argmin()
         rank[i] = to
-        load[to] += work[i]
-        full[to] += rows[i]
-    rest = [(-int(work[i]), int(rows[i]), i, 0) for i in order[len(large) :]]
-    poured: list[tuple[int, int, int]] = []
-    ranks: list[int] = []
-    _pour(rest, load.tolist(), full.tolist(), poured, ranks)
-    rank[[i for i, _, _ in poured]] = ranks
+        load[to] += weight
+        full[to] += held
+    rest = order[large:]
+    rank[rest] = _pour(work[rest], rows[rest], load.tolist(), full.tolist())
     return rank
 
 
@@ -239,10 +262,11 @@ def rows_moved(p: Problem, start: Start) -> int:
     """Rows that a start moves: every gap before a run in its document that its rank does not hold."""
     runs, item, rank = start
     owner = rank[item]
-    order = np.lexsort((runs[:, 1], runs[:, 0], owner))
-    owner, runs = owner[order], runs[order]
+    group = owner * len(p.lengths) + runs[:, 0]
+    order = np.argsort(group * (int(p.lengths.max()) + 1) + runs[:, 1], kind="stable")
+    group, runs = group[order], runs[order]
     same = np.zeros(len(runs), bool)
-    same[1:] = (owner[1:] == owner[:-1]) & (runs[1:, 0] == runs[:-1, 0])
+    same[1:] = group[1:] == group[:-1]
     gaps = runs[:, 1] - np.where(same, np.roll(runs[:, 2], 1), 0)
     return int((gaps if p.reach is None else np.minimum(gaps, p.reach)).sum())
 
@@ -270,22 +294,24 @@ def lay_out(documents: Documents, p: Problem, runs: Int64, start: str) -> Layout
     # Ranks that share the longest documents become neighbours: they are the likeliest to be in one node.
     longest = np.full(cp_size, len(documents), np.int64)
     place = np.empty(len(documents), np.int64)
-    place[np.argsort(-documents.lengths, kind="stable")] = np.arange(len(documents))
+    place[p.by_work] = np.arange(len(documents))
     np.minimum.at(longest, runs[:, 0], place[runs[:, 1]])
     name = np.empty(cp_size, np.int64)
     name[np.argsort(longest, kind="stable")] = np.arange(cp_size)
     rank, first = name[runs[:, 0]], documents.cu_seqlens[runs[:, 1]]
     # What reads rows of other ranks comes last, so that its queries lie together, and so do all others.
-    segments = np.stack([rank, runs[:, 2] > 0, first + runs[:, 2], first + runs[:, 3]], axis=1)
     missing = share - sum_by(rank, runs[:, 3] - runs[:, 2], cp_size)
     stop = documents.rows + np.cumsum(missing)
-    padding = np.stack([np.arange(cp_size), np.ones_like(stop), stop - missing, stop], axis=1)
-    segments = np.concatenate([segments, padding[missing > 0]])
-    segments = segments[np.lexsort((segments[:, 2], segments[:, 1], segments[:, 0]))][:, [0, 2, 3]]
-    new = np.ones(len(segments), bool)
-    new[1:] = (segments[1:, 0] != segments[:-1, 0]) | (segments[1:, 1] != segments[:-1, 2])
-    last = np.append(np.flatnonzero(new)[1:] - 1, len(segments) - 1)
-    segments = np.stack([segments[new, 0], segments[new, 1], segments[last, 2]], axis=1)
+    padded = np.flatnonzero(missing)
+    rank = np.concatenate([rank, padded])
+    reads = np.concatenate([runs[:, 2] > 0, np.ones(len(padded), bool)])
+    begin = np.concatenate([first + runs[:, 2], (stop - missing)[padded]])
+    end = np.concatenate([first + runs[:, 3], stop[padded]])
+    order = np.argsort((2 * rank + reads) * (share * cp_size) + begin, kind="stable")
+    rank, begin, end = rank[order], begin[order], end[order]
+    new = np.ones(len(rank), bool)
+    new[1:] = (rank[1:] != rank[:-1]) | (begin[1:] != end[:-1])
+    segments = np.stack([rank[new], begin[new], end[np.append(new[1:], True)]], axis=1)
     return Layout("balanced", cp_size, share, segments, start)
 
 

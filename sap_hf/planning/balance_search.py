@@ -38,12 +38,15 @@ class Ranks:
         self.end: dict[tuple[int, int], int] = {}
         for rank, document, _, stop in runs[runs[:, 3] - runs[:, 2] < p.lengths[runs[:, 1]]].tolist():
             self.end[document, rank] = max(self.end.get((document, rank), 0), stop)
+        # Documents that have been cut, or moved: the others are whole, and `end` has nothing of them.
+        self.cut = {document for document, _ in self.end}
 
     def add(self, rank: int, document: int, start: int, stop: int, low: int, high: int) -> None:
         """Rows [start, stop) with the work of the document up to either."""
         self.runs[rank].append((document, start, stop, low, high))
         self.work[rank] += high - low
         self.rows[rank] += stop - start
+        self.cut.add(document)
         if self.end.get((document, rank), 0) < stop:
             self.end[document, rank] = stop
 
@@ -76,13 +79,12 @@ class Ranks:
 
 def cut_work(ranks: Ranks, most: int, budget: int) -> None:
     """Cut runs of the busiest rank for the idlest until no rank has more than `most` work."""
-    p = ranks.p
+    p, work = ranks.p, ranks.work
     aim = (most + p.share) // 2
     for _ in range(budget):
-        busy = max(range(p.cp_size), key=ranks.work.__getitem__)
-        idle = min(range(p.cp_size), key=ranks.work.__getitem__)
-        amount = min(ranks.work[busy] - aim, aim - ranks.work[idle])
-        if ranks.work[busy] <= most or amount <= 0:
+        busy, idle = work.index(max(work)), work.index(min(work))
+        amount = min(work[busy] - aim, aim - work[idle])
+        if work[busy] <= most or amount <= 0:
             return
         mine = ranks.runs[busy]
         best: tuple[int, int, int, bool] | None = None
@@ -107,7 +109,7 @@ def cut_work(ranks: Ranks, most: int, budget: int) -> None:
 def fill(ranks: Ranks, most: int) -> None:
     """Move heads, tails and whole runs from ranks with more than C rows to the emptiest, until none has more."""
     p = ranks.p
-    room = p.rows_per_rank
+    room, penalty = p.rows_per_rank, 4 * p.rows_per_rank
     for source in sorted(range(p.cp_size), key=lambda r: -ranks.rows[r]):
         while ranks.rows[source] > room:
             wanted = min(ranks.rows[source] - room, room - min(ranks.rows))
@@ -116,86 +118,122 @@ def fill(ranks: Ranks, most: int) -> None:
             to = min([r for r, held in enumerate(ranks.rows) if held <= fits], key=ranks.work.__getitem__)
             wanted = min(wanted, room - ranks.rows[to])
             spare, burden = most - ranks.work[to], ranks.work[source] - most
-            best: tuple[int, int, int, bool] | None = None
-            for at, (document, start, stop, low, high) in enumerate(ranks.runs[source]):
+            mine, cut = ranks.runs[source], ranks.cut
+            # What a run costs at least: rows that must come back, or that stay too many.
+            least = [
+                wanted - 2 * min(wanted, stop - start) if document in cut else abs(stop - wanted)
+                for document, start, stop, _, _ in mine
+            ]
+            # Heads of whole documents cost the same: only the first one counts, where that is more than a head.
+            for at, (document, _, stop, _, _) in enumerate(mine):
+                if stop > wanted and document not in cut:
+                    least[at] = min(least[at], wanted)
+                    break
+            uneven = penalty * max(0, -spare) // p.share
+            # The price, which run, whether it is the run's tail, and how many rows: the first run on a tie.
+            best: tuple[int, int, bool, int] | None = None
+            for at in sorted(range(len(mine)), key=least.__getitem__):
+                if best is not None and least[at] + uneven > best[0]:
+                    break
+                document, start, stop, low, high = mine[at]
                 rows = min(wanted, stop - start)
-                prices = ranks.prices(document, to, start, stop, rows)
-                if best is not None and min(prices) + wanted - rows >= best[0]:
-                    continue
-                for head, price in zip((True, False), prices):
-                    price += wanted - rows
-                    if best is not None and price >= best[0]:
-                        continue
-                    if head:
-                        work = (high if rows == stop - start else p.upto_one(start + rows)) - low
-                        # A quarter of a head's rows works at least a sixteenth.
-                        if spare < work < 16 * spare:
-                            # Two short heads weigh less than a long one.
-                            few = p.rows_with(low + spare) - start
-                            if 4 * few > rows:
-                                price = ranks.prices(document, to, start, stop, few)[0] + wanted - few
-                                if best is None or price < best[0]:
-                                    best = (price, at, few, head)
-                                continue
-                    else:
-                        work = high - (low if rows == stop - start else p.upto_one(stop - rows))
-                    price += 4 * room * (max(work - spare, 0) + max(burden - work, 0)) // p.share
-                    if best is None or price < best[0]:
-                        best = (price, at, rows, head)
+                head, tail = ranks.prices(document, to, start, stop, rows)
+                head, tail, few = head + wanted - rows, tail + wanted - rows, rows
+                if best is None or head <= best[0]:
+                    work = (high if rows == stop - start else p.upto_one(start + rows)) - low
+                    over = max(work - spare, 0) + max(burden - work, 0)
+                    # A quarter of a head's rows works at least a sixteenth.
+                    if spare < work < 16 * spare:
+                        # Two short heads weigh less than a long one.
+                        fewer = p.rows_with(low + spare) - start
+                        if 4 * fewer > rows:
+                            few, over = fewer, 0
+                            head = ranks.prices(document, to, start, stop, few)[0] + wanted - few
+                    head += penalty * over // p.share
+                    if best is None or (head, at) < best[:2]:
+                        best = (head, at, False, few)
+                if tail <= best[0]:
+                    work = high - (low if rows == stop - start else p.upto_one(stop - rows))
+                    tail += penalty * (max(work - spare, 0) + max(burden - work, 0)) // p.share
+                    if (tail, at, True) < best[:3]:
+                        best = (tail, at, True, rows)
             assert best is not None
-            _, at, rows, head = best
-            ranks.give(source, at, to, rows, head)
+            _, at, is_tail, rows = best
+            ranks.give(source, at, to, rows, not is_tail)
 
 
 def trade(ranks: Ranks, most: int, budget: int) -> None:
     """Trade rows of the busiest rank for as many lighter ones of the idlest until no rank has more than `most` work."""
-    p = ranks.p
+    p, work = ranks.p, ranks.work
     for _ in range(budget):
-        busy = max(range(p.cp_size), key=ranks.work.__getitem__)
-        idle = min(range(p.cp_size), key=ranks.work.__getitem__)
-        if ranks.work[busy] <= most:
+        busy, idle = work.index(max(work)), work.index(min(work))
+        if work[busy] <= most:
             return
-        amount = min(ranks.work[busy] - p.share, p.share - ranks.work[idle])
+        amount = min(work[busy] - p.share, p.share - work[idle])
         mine, theirs = ranks.runs[busy], ranks.runs[idle]
         deep = sorted(range(len(mine)), key=lambda i: -mine[i][2])[:CUT_AMONG]
         light = sorted(range(len(theirs)), key=lambda i: theirs[i][1])[:CUT_AMONG]
-        # The two ends of each run, with the work of the row there.
-        ends, other_ends = (
-            [
-                (i, head, p.keys(runs[i][1] if head else runs[i][2] - 1))
-                for i in some
-                for head in (True, False)
-            ]
-            for runs, some in ((mine, deep), (theirs, light))
-        )
+        other_ends = _ends(ranks, idle, light, busy)
         best: tuple[int, int, int, int, bool, bool] | None = None
-        for (at, head, keys), (back, other_head, other_keys) in itertools.product(ends, other_ends):
-            if keys <= other_keys:
-                continue
-            document, start, stop, low, high = mine[at]
-            other, first, last, other_low, other_high = theirs[back]
-            rows = min(amount // (keys - other_keys), stop - start, last - first)
-            if not rows:
-                continue
-            cut, other_cut = (
-                start + rows if head else stop - rows,
-                first + rows if other_head else last - rows,
-            )
-            moved = p.upto_one(cut) - low if head else high - p.upto_one(cut)
-            moved -= p.upto_one(other_cut) - other_low if other_head else other_high - p.upto_one(other_cut)
-            if not 0 < moved <= 2 * amount:
-                continue
-            price = ranks.prices(document, idle, start, stop, rows)[not head]
-            price += ranks.prices(other, busy, first, last, rows)[not other_head]
-            # What is left to trade will cost as much again.
-            price = (price + rows) * max(amount, moved) // moved
-            if best is None or price < best[0]:
-                best = (price, rows, at, back, head, other_head)
+        for keys, at, head, size, fixed, each, cut, done in _ends(ranks, busy, deep, idle):
+            for (
+                other_keys,
+                back,
+                other_head,
+                other_size,
+                other_fixed,
+                other_each,
+                other_cut,
+                other_done,
+            ) in other_ends:
+                if keys <= other_keys:
+                    continue
+                rows = min(amount // (keys - other_keys), size, other_size)
+                if not rows:
+                    continue
+                price = fixed + other_fixed + (1 + each + other_each) * rows
+                if head and rows < size:
+                    price += rows
+                if other_head and rows < other_size:
+                    price += rows
+                if best is not None and price >= max(best[0], 0):
+                    continue
+                moved = p.upto_one(cut + rows) - done if head else done - p.upto_one(cut - rows)
+                if other_head:
+                    moved -= p.upto_one(other_cut + rows) - other_done
+                else:
+                    moved -= other_done - p.upto_one(other_cut - rows)
+                if not 0 < moved <= 2 * amount:
+                    continue
+                # What is left to trade will cost as much again.
+                price = price * max(amount, moved) // moved
+                if best is None or price < best[0]:
+                    best = (price, rows, at, back, head, other_head)
         if best is None:
             return
         _, rows, at, back, head, other_head = best
         ranks.give(busy, at, idle, rows, head)
         ranks.give(idle, back, busy, rows, other_head)
+
+
+def _ends(
+    ranks: Ranks, rank: int, some: list[int], to: int
+) -> list[tuple[int, int, bool, int, int, int, int, int]]:
+    """The two ends of some runs of a rank, for giving rows to another.
+
+    Returns:
+        The work of the row there; which run; whether it is the run's head; its rows; what giving some of them costs,
+        apart from the rows that a head leaves to be read: so much, and so much for each; the border of the run, and the
+        work of the document up to it.
+    """
+    ends = []
+    for at in some:
+        document, start, stop, low, high = ranks.runs[rank][at]
+        size, end = stop - start, ranks.end.get((document, to), 0)
+        fixed, each = (0, -1) if end > start else (start - end, 0)
+        ends.append((ranks.p.keys(start), at, True, size, fixed, each, start, low))
+        ends.append((ranks.p.keys(stop - 1), at, False, size, max(stop - end, 0), -1, stop, high))
+    return ends
 
 
 def improve(p: Problem, runs: Int64, item: Int64, rank: Int64, limit: int) -> Int64:

@@ -7,6 +7,7 @@ timed, and whatever decides is a whole number, so that every rank finds the same
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from math import isqrt
 
@@ -14,7 +15,6 @@ import numpy as np
 
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.layout import pairs_upto, rows_each
-from sap_hf.planning.schedule import sum_by
 
 # One rank's equal share of the work, or of the rows, in the units that the searches compare.
 SHARE = 1 << 20
@@ -40,6 +40,7 @@ class Problem:
         rows_per_rank: C.
         work: (N,) of each document.
         share: the mean work of a rank.
+        full: layers, where all of them have full attention; else 0.
     """
 
     lengths: Int64
@@ -49,17 +50,29 @@ class Problem:
     rows_per_rank: int = dataclasses.field(init=False)
     work: Int64 = dataclasses.field(init=False)
     share: int = dataclasses.field(init=False)
+    full: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         rows = int(self.lengths.sum())
         object.__setattr__(self, "rows_per_rank", rows_each(rows, self.cp_size, self.multiple))
         object.__setattr__(self, "work", self.upto(self.lengths))
         object.__setattr__(self, "share", max(1, int(self.work.sum()) // self.cp_size))
+        object.__setattr__(self, "full", self.windows[None] if list(self.windows) == [None] else 0)
 
     @property
     def reach(self) -> int | None:
         """Rows before its own first one that a run reads at most; None for all of its document."""
         return None if None in self.windows else max(w for w in self.windows if w is not None) - 1
+
+    @functools.cached_property
+    def scaled(self) -> tuple[Int64, Int64]:
+        """(N,) work and rows of each document, in units of SHARE."""
+        return self.shares(self.work, self.lengths)
+
+    @functools.cached_property
+    def by_work(self) -> Int64:
+        """(N,) documents, those with most work first."""
+        return np.argsort(-self.work, kind="stable")
 
     def upto(self, rows: Int64) -> Int64:
         """Work of a document's first `rows` rows."""
@@ -67,6 +80,8 @@ class Problem:
 
     def upto_one(self, rows: int) -> int:
         """`upto` for one number."""
+        if self.full:
+            return self.full * (rows * (rows + 1) // 2)
         total = 0
         for window, layers in self.windows.items():
             near = rows if window is None or window > rows else window
@@ -75,6 +90,8 @@ class Problem:
 
     def keys(self, row: int) -> int:
         """Work of one row, counted from its document's first one."""
+        if self.full:
+            return self.full * (row + 1)
         return sum(
             layers * (row + 1 if window is None else min(row + 1, window))
             for window, layers in self.windows.items()
@@ -82,8 +99,8 @@ class Problem:
 
     def rows_with(self, work: int) -> int:
         """The most rows at a document's start whose work is at most `work`."""
-        if len(self.windows) == 1 and None in self.windows:
-            return (isqrt(8 * (work // self.windows[None]) + 1) - 1) // 2
+        if self.full:
+            return (isqrt(8 * (work // self.full) + 1) - 1) // 2
         low, high = 0, int(self.lengths.max())
         while low < high:
             middle = (low + high + 1) // 2
@@ -113,32 +130,35 @@ def swap(p: Problem, rank: Int64, work: Int64, rows: Int64, rounds: int) -> Int6
     rank, size = np.append(rank, 0), np.zeros((n + 1, 2))
     size[:n, 0], size[:n, 1] = work, rows
     # Whole numbers below 2**53 all along: products and sums are exact, in whatever order a machine takes them.
-    held_by = np.stack([sum_by(rank[:n], of, p.cp_size) for of in (work, rows)], axis=1).astype(np.float64)
+    held_by = np.stack([np.bincount(rank[:n], of, p.cp_size) for of in (work, rows)], axis=1)
     np.minimum(size, LARGE, out=size)
     weight = np.array([WORK_WEIGHT, 1.0])
     given, taken = np.ones((n + 1, 4)), np.ones((n + 1, 4))
     given[:, 0] = taken[:, 1] = size**2 @ weight
     given[:, 2:], taken[:, 2:] = -2 * weight * size, size
-    between = np.tile(np.eye(4), (half, 1, 1))
+    between = np.zeros((half, 4, 4))
+    between[:] = np.eye(4)
+    index = np.arange(half)
     for turn in range(rounds):
         if turn % PAIRINGS == 0:
             held = _sample(rank, p.cp_size, turn)
             width = held.shape[1]
-            first = np.arange(half) * width * width
+            first = index * (width * width)
         key = held_by[:, turn % 3] if turn % 3 < 2 else held_by[:, 0] + held_by[:, 1]
         by_key = key.argsort(kind="stable")
         low, high = by_key[:half], by_key[: -half - 1 : -1]
         if turn % 4 == 3:
-            low = np.roll(low, turn // 4 + 1)
+            low = low[index - (turn // 4 + 1) % half]
         mine, theirs = held.take(high, axis=0), held.take(low, axis=0)
-        rich, poor = held_by.take(high, axis=0), held_by.take(low, axis=0)
         # How the sum of squared loads changes, halved: of work and rows (give - take) * (give - take - gap).
-        gap = np.maximum(np.minimum(rich - poor, FAR), -FAR)
+        gap = held_by.take(high, axis=0) - held_by.take(low, axis=0)
+        np.minimum(gap, FAR, out=gap)
+        np.maximum(gap, -FAR, out=gap)
         between[:, 2:, 0], between[:, 1, 2:] = gap / 2, weight * gap
         gain = given.take(mine, axis=0) @ between @ taken.take(theirs, axis=0).transpose(0, 2, 1)
         chosen = gain.reshape(half, -1).argmin(axis=1)
         good = (gain.take(chosen + first) < 0).nonzero()[0]
-        low, high, chosen = low[good], high[good], chosen[good]
+        low, high, chosen = low.take(good), high.take(good), chosen.take(good)
         i = chosen // width
         j = chosen - i * width
         gone, come = mine[good, i], theirs[good, j]

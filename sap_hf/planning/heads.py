@@ -71,12 +71,13 @@ def split_heads(num_heads: int, num_kv_heads: int, ulysses_size: int) -> tuple[H
     return tuple(found)
 
 
-def rank_shapes(shape: Shape, ulysses_size: int) -> list[Shape]:
+@functools.lru_cache
+def rank_shapes(shape: Shape, ulysses_size: int) -> tuple[Shape, ...]:
     """What each of the ranks computes after the exchange."""
-    return [
+    return tuple(
         dataclasses.replace(shape, num_heads=its.q_count, num_kv_heads=its.kv_count)
         for its in split_heads(shape.num_heads, shape.num_kv_heads, ulysses_size)
-    ]
+    )
 
 
 def head_bytes(shape: Shape, ulysses_size: int, rows: int) -> tuple[Float64, Float64]:
@@ -89,6 +90,7 @@ def head_bytes(shape: Shape, ulysses_size: int, rows: int) -> tuple[Float64, Flo
     return others * there, others * back[:, None]
 
 
+@functools.lru_cache
 def head_seconds(shape: Shape, ulysses_size: int, rows: int, hardware: Hardware) -> Float64:
     """(U,) seconds of both exchanges of a forward; those of a backward move the same bytes the other way.
 

@@ -99,7 +99,7 @@ class Pieces:
         return Pieces(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def cut(documents: Documents, layout: Layout) -> Pieces:
     """Cut every rank's segments at the document borders."""
     rank, start, stop = layout.segments.T
@@ -126,10 +126,17 @@ def rows_held(documents: Documents, layout: Layout) -> Int64:
 
 def pairs_held(documents: Documents, layout: Layout, windows: Mapping[int | None, int]) -> Int64:
     """(W,) query-key pairs of the rows that each rank holds, over all layers of {window: number of layers}."""
-    pieces = cut(documents, layout)
-    begin = documents.cu_seqlens[pieces.document]
-    done = pairs_upto(pieces.stop - begin, windows) - pairs_upto(pieces.start - begin, windows)
-    return sum_by(pieces.rank, done, layout.cp_size)
+    lengths = documents.lengths
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(pairs_upto(lengths, windows))])
+    # Pairs of all rows of the pack up to the borders of the segments; padding has none.
+    rank, *borders = layout.segments.T
+    borders = [np.minimum(border, documents.rows) for border in borders]
+    documents_of = [np.minimum(documents.index_of(border), len(lengths) - 1) for border in borders]
+    first, last = (
+        before[document] + pairs_upto(border - documents.cu_seqlens[document], windows)
+        for document, border in zip(documents_of, borders)
+    )
+    return sum_by(rank, last - first, layout.cp_size)
 
 
 def pairs_upto(rows: Int64, windows: Mapping[int | None, int]) -> Int64:

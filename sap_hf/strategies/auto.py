@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from sap_hf.config import (
     DELIVERIES,
@@ -147,57 +148,99 @@ def plan(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """Candidates that have something in common.
+
+    Attributes:
+        least: seconds that none of them goes below.
+        grow: the candidates, and smaller branches of them, in the order in which they are weighed.
+    """
+
+    least: float
+    grow: Callable[[], Iterable[Plan | Branch]]
+
+
 def make_plan(request: Request) -> Plan:
-    """The candidate with the least modelled time, the earlier one on a tie."""
-    return min(candidates(request, prune=True), key=lambda made: made.seconds)
+    """The candidate with the least modelled time, the earlier one on a tie.
+
+    Branches grow in the order of what they take at least, until that is more than something which has been found.
+    """
+    best: tuple[float, tuple[int, ...], Plan] | None = None
+    waiting: list[tuple[float, tuple[int, ...], Branch]] = [(0.0, (), tree(request))]
+    while waiting and (best is None or waiting[0][0] <= best[0] * SURE):
+        least, place, branch = heapq.heappop(waiting)
+        for number, grown in enumerate(branch.grow()):
+            where = (*place, number)
+            if isinstance(grown, Branch):
+                heapq.heappush(waiting, (max(least, grown.least), where, grown))
+            elif best is None or (grown.seconds, where) < best[:2]:
+                best = (grown.seconds, where, grown)
+    assert best is not None
+    return best[2]
 
 
-def candidates(request: Request, prune: bool = False) -> Iterator[Plan]:
+def candidates(request: Request) -> Iterator[Plan]:
     """Every plan that `make_plan` weighs, in its order: it returns the first of those with the least modelled time.
-
-    Args:
-        prune: pass over what cannot be faster than something that has been yielded before.
 
     Raises:
         LayoutError, ConfigError: as `plan`.
     """
+    return _leaves(tree(request))
+
+
+def _leaves(branch: Branch) -> Iterator[Plan]:
+    for grown in branch.grow():
+        if isinstance(grown, Branch):
+            yield from _leaves(grown)
+        else:
+            yield grown
+
+
+def tree(request: Request) -> Branch:
+    """All candidates: by numbers of ranks that exchange heads, by placements, and by what is done with each of them."""
     request.check()
     strategy, windows, documents = request.strategy, request.windows, request.documents
     if strategy == "auto" and request.delivery == "all_gather":
         strategy = "all_gather"
-    best = math.inf
-    pairs = pairs_upto(documents.lengths, windows).sum()
     heads = request.shape.num_heads
-    for size in degrees(request.cp_size, request.ulysses_size, strategy, request.delivery, heads):
+    sizes = degrees(request.cp_size, request.ulysses_size, strategy, request.delivery, heads)
+    pairs = int(pairs_upto(documents.lengths, windows).sum())
+
+    def planned(size: int, placement: Layout) -> Plan:
         first = "ulysses" if size == request.cp_size > 1 else "sap" if strategy == "auto" else strategy
+        return Plan(
+            documents=documents,
+            placement=placement,
+            strategy=first,
+            planner=PLANNERS[first],
+            windows=windows,
+            delivery=request.delivery,
+            shape=request.shape,
+            hardware=request.hardware,
+            max_remote_rows=request.max_remote_rows,
+            ulysses_size=size,
+        )
+
+    def of_size(size: int) -> Branch:
         groups = request.cp_size // size
+        even = planned(size, contiguous(documents.rows, groups, size)).even_seconds(pairs)
+        return Branch(even, lambda: placed(size, groups))
 
-        def planned(placement: Layout, size: int = size, first: str = first) -> Plan:
-            return Plan(
-                documents=documents,
-                placement=placement,
-                strategy=first,
-                planner=PLANNERS[first],
-                windows=windows,
-                delivery=request.delivery,
-                shape=request.shape,
-                hardware=request.hardware,
-                max_remote_rows=request.max_remote_rows,
-                ulysses_size=size,
-            )
-
-        if prune and planned(contiguous(documents.rows, groups, size)).even_seconds(pairs) > best * SURE:
-            continue
+    def placed(size: int, groups: int) -> Iterator[Branch]:
         weighed = [
-            planned(placement) for placement in placements(documents, groups, request.layout, windows, size)
+            planned(size, layout) for layout in placements(documents, groups, request.layout, windows, size)
         ]
         # The most even first: its time is the least that is known before a schedule is made.
         for made in sorted(weighed, key=lambda made: made.kernel_seconds):
-            if prune and made.kernel_seconds > best * SURE:
-                break
-            for variant in _variants(made, strategy, prune, best):
-                best = min(best, variant.seconds)
-                yield variant
+            yield Branch(made.kernel_seconds, functools.partial(varied, made))
+
+    def varied(made: Plan) -> Iterator[Plan | Branch]:
+        # Among groups nothing is gathered by a collective: it would be the same messages, and more of them.
+        gathers = strategy == "auto" and made.max_remote_rows is None and made.ulysses_size == 1
+        return _variants(dataclasses.replace(made, whole=True), gathers)
+
+    return Branch(0.0, lambda: map(of_size, sizes))
 
 
 def degrees(cp_size: int, ulysses_size: int | str, strategy: str, delivery: str, heads: int) -> list[int]:
@@ -236,31 +279,27 @@ def degrees(cp_size: int, ulysses_size: int | str, strategy: str, delivery: str,
     return [size]
 
 
-def _variants(made: Plan, strategy: str, prune: bool, best: float) -> Iterator[Plan]:
+def _variants(form: Plan, gathers: bool) -> Iterator[Plan | Branch]:
     """The plan and, where a rank waits for rows in it, the same placement in more stages and as an all-gather.
 
     First with every query whole, then with its keys in parts, of which the local ones hide the way of the others.
     """
-    forms = [dataclasses.replace(made, whole=True)]
-    if made.strategy in ("sap", "all_gather") and None in made.windows:
-        forms.append(made)
-    # Among groups nothing is gathered by a collective: it would be the same messages, and more of them.
-    gathers = strategy == "auto" and made.max_remote_rows is None and made.ulysses_size == 1
-    for form in forms:
-        if form is made and prune and not gathers and forms[0].least_parts_seconds > best * SURE:
-            return
-        yield form
-        if form.seconds <= (1 + WAITING) * form.busy_seconds:
-            return
-        best = min(best, form.seconds)
-        if made.strategy == "sap" and not (prune and form.least_seconds > best * SURE):
-            for stages in STAGES[form.whole]:
-                staged = dataclasses.replace(form, stages=stages)
-                best = min(best, staged.seconds)
-                yield staged
-        gathers = gathers and form.gathers_faster
-        if gathers:
-            yield dataclasses.replace(form, strategy="all_gather", planner=all_gather)
+    yield form
+    if form.seconds <= (1 + WAITING) * form.busy_seconds:
+        return
+    if form.strategy == "sap":
+        yield Branch(
+            form.least_seconds,
+            lambda: (dataclasses.replace(form, stages=stages) for stages in STAGES[form.whole]),
+        )
+    gathers = gathers and form.gathers_faster
+    if gathers:
+        yield dataclasses.replace(form, strategy="all_gather", planner=all_gather)
+    if form.whole and form.strategy in ("sap", "all_gather") and None in form.windows:
+        yield Branch(
+            0.0 if gathers else form.least_parts_seconds,
+            lambda: _variants(dataclasses.replace(form, whole=False), gathers),
+        )
 
 
 def placements(

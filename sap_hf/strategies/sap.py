@@ -39,12 +39,14 @@ def sap(
     """
     pieces = cut(documents, layout)
     local, remote, needed, group = tiles(documents, pieces, window, whole)
+    transfers, which = _transfers(documents, pieces, window, whole)
     if stages == 1 or not len(needed):
-        steps = [Step(_send(pieces, needed)[0], remote)]
+        steps = [Step(transfers, remote)]
     elif window is None and not whole:
-        steps = _stages(_send(pieces, needed)[0], remote, layout.cp_size, stages)
+        steps = _stages(transfers, remote, layout.cp_size, stages)
     else:
-        steps = _grouped(pieces, remote, needed, group, layout.cp_size, stages)
+        when, when_read = _group_stages(needed, group, layout.cp_size, stages)
+        steps = [Step(transfers[when[which] == i], remote[when_read == i]) for i in range(stages)]
     steps = [step for step in steps if len(step.transfers)]
     return Schedule(window, (Step(NO_TRANSFERS, local), *steps), whole=whole and window is None)
 
@@ -96,10 +98,10 @@ def split(sent: Int64, stage: Int64, remote: Int64, stages: int) -> list[Step]:
     return [Step(sent[stage == i], tiles[of_tile == i]) for i in range(stages)]
 
 
-def _grouped(
-    pieces: Pieces, remote: Int64, needed: Int64, group: tuple[Int64, Int64], cp_size: int, stages: int
-) -> list[Step]:
-    """Groups of tiles, in order, so that every reader receives in `stages` parts of about the same size."""
+def _group_stages(
+    needed: Int64, group: tuple[Int64, Int64], cp_size: int, stages: int
+) -> tuple[Int64, Int64]:
+    """The stage of each needed range, and of each tile: a reader receives in `stages` parts of about the same size."""
     of_tile, of_need = group
     upto, total = _running(needed[:, 0], needed[:, 2] - needed[:, 1], cp_size)
     middle = upto - (needed[:, 2] - needed[:, 1] + 1) // 2
@@ -107,9 +109,7 @@ def _grouped(
     np.maximum.at(
         stage_of, of_need, np.minimum(middle * stages // np.maximum(total, 1)[needed[:, 0]], stages - 1)
     )
-    transfers, which = _send(pieces, needed)
-    when = stage_of[of_need[which]]
-    return [Step(transfers[when == i], remote[stage_of[of_tile] == i]) for i in range(stages)]
+    return stage_of[of_need], stage_of[of_tile]
 
 
 def _running(rank: Int64, rows: Int64, cp_size: int) -> tuple[Int64, Int64]:
@@ -125,7 +125,7 @@ def _repeat(count: Int64) -> tuple[Int64, Int64]:
     return which, np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def tiles(
     documents: Documents, pieces: Pieces, window: int | None, whole: bool = False
 ) -> tuple[Int64, Int64, Int64, tuple[Int64, Int64]]:
@@ -205,6 +205,12 @@ def _lower_pairs(group: Int64) -> tuple[Int64, Int64]:
     q = np.repeat(index, count)
     k = np.arange(len(q)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(start, count)
     return q, k
+
+
+@functools.lru_cache(maxsize=16)
+def _transfers(documents: Documents, pieces: Pieces, window: int | None, whole: bool) -> tuple[Int64, Int64]:
+    """The transfers of all that `tiles` need, in however many stages."""
+    return _send(pieces, tiles(documents, pieces, window, whole)[2])
 
 
 def _send(pieces: Pieces, needed: Int64) -> tuple[Int64, Int64]:
