@@ -11,6 +11,7 @@ import weakref
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate.state import AcceleratorState
 
 from sap_hf.config import SapConfig
@@ -20,6 +21,7 @@ from sap_hf.hf.ahead import Ahead
 from sap_hf.hf.plugin import SapPlugin
 from sap_hf.hf.profile import Profile
 from sap_hf.hf.refuse import refuse_unsupported
+from sap_hf.kernels import pick
 from sap_hf.models import Patch, patch_model, unpatch_model
 from sap_hf.models.families import attention_layers
 from sap_hf.runtime.group import ALONE, CpGroup, attach_group
@@ -269,7 +271,7 @@ def _plugin(accelerator: Any, config: SapConfig) -> SapPlugin | None:
 
 
 def _report(trainer: Any, attachment: Attachment, plugin: SapPlugin | None) -> str:
-    """Three lines: the mesh, tokens per optimizer step before and after, classes patched and how."""
+    """Four lines: the mesh, tokens per optimizer step before and after, classes patched and how, the kernel and why."""
     processes, size = trainer.accelerator.num_processes, attachment.group.size
     after = counting.tokens_per_step(trainer, processes // size)
     lines = ["sap_hf: 1 process, every row on it" if plugin is None else f"sap_hf: {plugin}"]
@@ -282,4 +284,23 @@ def _report(trainer: Any, attachment: Attachment, plugin: SapPlugin | None) -> s
     else:
         lines.append(f"sap_hf: per optimizer step {after}")
     lines.append(f"sap_hf: patched {attachment.patch}")
+    lines.append(f"sap_hf: kernel {_kernel(trainer, attachment)}")
     return "\n".join(lines)
+
+
+def _kernel(trainer: Any, attachment: Attachment) -> str:
+    """The kernel of the first attention layer, and why; a layer that asks for more picks its own."""
+    layer = next(iter(attachment.patch.sharding.layers.values()))
+    config = trainer.model.config.get_text_config()
+    head_dim = attachment.patch.sharding.shape.head_dim
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
+    _, why = pick(
+        attachment.config.kernel,
+        device_type=trainer.accelerator.device.type,
+        dtype=dtype or next(trainer.model.parameters()).dtype,
+        head_dim=getattr(layer, "qk_head_dim", head_dim),
+        value_dim=getattr(layer, "v_head_dim", head_dim),
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        window=None,
+    )
+    return why

@@ -57,6 +57,7 @@ class Sharding:
         full_outputs: also in training, give per-token outputs of the whole batch, differentiably, to whoever computes
             the loss from them.
         eval_outputs: in evaluation, put per-token outputs together; off when only the loss is wanted.
+        shape: the model's first attention layer, for modelled seconds and the heads that may be exchanged.
         last_plan: the plan of the newest sharded forward.
         ahead: called with the inputs of every training forward: what was prepared for them, or None, and whether all
             ranks have agreed upon it already.
@@ -75,12 +76,12 @@ class Sharding:
         self.layers = attention | mixers
         self.windows = windows(model, attention)
         self._layout = _layout(config.layout, mixers)
-        self._shape = _shape(model, attention)
+        self.shape = _shape(model, attention)
         self._text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
         self._ulysses_size = group.ulysses_size if config.ulysses_size == "auto" else config.ulysses_size
         if group.size > 1:
             # What no batch could change is refused here, before the first one.
-            degrees(group.size, self._ulysses_size, config.strategy, config.delivery, self._shape.num_heads)
+            degrees(group.size, self._ulysses_size, config.strategy, config.delivery, self.shape.num_heads)
         self._hardware = _hardware(config.hardware, group)
         self.full_outputs = False
         self.eval_outputs = True
@@ -189,7 +190,7 @@ class Sharding:
                 layout=self._layout,
                 windows=self.windows,
                 delivery=self.config.delivery,
-                shape=self._shape,
+                shape=self.shape,
                 hardware=self._hardware,
                 max_remote_rows=self.config.max_remote_rows,
                 ulysses_size=self._ulysses_size,

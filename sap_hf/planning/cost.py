@@ -7,6 +7,7 @@ same to the last bit on every rank: elementwise operations and sums in index ord
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,16 +53,12 @@ class Seconds:
     Attributes:
         forward, backward: kernels, and the copies around them.
         forward_exposed, backward_exposed: waiting for other ranks' rows.
-        least: no more than forward and backward take, however many stages bring the same rows.
-        least_parts: the same where queries that are `whole` in this schedule would read their keys in parts.
     """
 
     forward: Float64
     forward_exposed: Float64
     backward: Float64
     backward_exposed: Float64
-    least: Float64
-    least_parts: Float64
 
     @property
     def total(self) -> Float64:
@@ -108,44 +105,75 @@ def kernel_seconds(pairs: Int64, rows: Int64, layers: int, shape: Shape, hardwar
     return computing + 2 * layers * around
 
 
-def layer_seconds(
-    schedule: Schedule, wires: Wires, shape: Shape, hardware: Hardware, keep: bool = False
-) -> Seconds:
-    """One layer under `schedule`, in the order in which the program posts, waits and attends.
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerCost:
+    """What one layer under a schedule costs.
 
-    Args:
+    Attributes:
         wires: how its stages travel.
-        keep: the backward has the remote K/V still and does not fetch it again.
     """
-    cp_size = len(wires.link)
-    held = tile_rows(schedule, cp_size)
-    kernels = _kernels(held, tile_pairs(schedule.tiles, schedule.window), shape, hardware)
-    busy = map(np.add, kernels, _copies(held, shape, hardware))
-    receives = np.array([len(step.transfers) > 0 for step in schedule.steps])
-    # Local steps are the first row, whose rows travel nowhere.
-    staged, staged_back = (
-        np.concatenate([part[~receives].sum(axis=0)[None], part[receives]]) for part in busy
-    )
-    now, end = in_stages(
-        staged,
-        staged_back,
-        wires.there,
-        wires.back,
-        contention=hardware.contention,
-        slots=schedule.slots,
-        whole=schedule.whole,
-        keep=keep,
-    )
-    at_best = held.at_best()
-    least, least_parts = (
-        sum(
-            np.maximum((kernel + copies).sum(axis=0), wires.link * fetches)
-            for kernel, copies, fetches in zip(kernels, _copies(read, shape, hardware), (1, 1 if keep else 2))
+
+    schedule: Schedule
+    wires: Wires
+    shape: Shape
+    hardware: Hardware
+
+    @functools.cached_property
+    def _held(self) -> TileRows:
+        return tile_rows(self.schedule, len(self.wires.link))
+
+    @functools.cached_property
+    def _kernels(self) -> tuple[Float64, Float64]:
+        """(steps, W) seconds of each step's kernels, forward and backward."""
+        held, hardware = self._held, self.hardware
+        start = held.calls * hardware.call_seconds
+        pairs = sum_by(held.at, tile_pairs(self.schedule.tiles, self.schedule.window), held.calls.size)
+        flops = pairs.reshape(held.calls.shape) * self.shape.flops_per_pair
+        backward = flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s)
+        return flops / hardware.flops_per_s + start, backward + start
+
+    def seconds(self, keep: bool = False) -> Seconds:
+        """In the order in which the program posts, waits and attends.
+
+        Args:
+            keep: the backward has the remote K/V still and does not fetch it again.
+        """
+        busy = map(np.add, self._kernels, self._copies(self._held))
+        receives = np.array([len(step.transfers) > 0 for step in self.schedule.steps])
+        # Local steps are the first row, whose rows travel nowhere.
+        staged, staged_back = (
+            np.concatenate([part[~receives].sum(axis=0)[None], part[receives]]) for part in busy
         )
-        for read in (at_best, at_best.in_parts() if schedule.whole else at_best)
-    )
-    forward, backward = (part.sum(axis=0) for part in (staged, staged_back))
-    return Seconds(forward, now - forward, backward, end - backward, least, least_parts)
+        now, end = in_stages(
+            staged,
+            staged_back,
+            self.wires.there,
+            self.wires.back,
+            contention=self.hardware.contention,
+            slots=self.schedule.slots,
+            whole=self.schedule.whole,
+            keep=keep,
+        )
+        forward, backward = (part.sum(axis=0) for part in (staged, staged_back))
+        return Seconds(forward, now - forward, backward, end - backward)
+
+    def least(self, in_parts: bool = False) -> Float64:
+        """(W,) no more than forward and backward take, however many stages bring the same rows.
+
+        Args:
+            in_parts: where queries that are `whole` in this schedule would read their keys in parts.
+        """
+        read = self._held.at_best()
+        if in_parts and self.schedule.whole:
+            read = read.in_parts()
+        forward, backward = map(np.add, self._kernels, self._copies(read))
+        link = self.wires.link
+        least: Float64 = np.maximum(forward.sum(axis=0), link) + np.maximum(backward.sum(axis=0), 2 * link)
+        return least
+
+    def _copies(self, held: TileRows) -> list[Float64]:
+        """(steps, W) seconds of what is copied around the kernels, forward and backward."""
+        return [copied / self.hardware.copy_bytes_per_s for copied in copied_bytes(held, self.shape)]
 
 
 def in_stages(
@@ -209,14 +237,6 @@ def beside(busy: Float64, wire: Float64, contention: float) -> Float64:
 def _total(rows: Float64, ranks: int) -> Float64:
     """(W,) sum of (n, W), in order."""
     return sum(rows, np.zeros(ranks))
-
-
-def _kernels(held: TileRows, pairs: Int64, shape: Shape, hardware: Hardware) -> tuple[Float64, Float64]:
-    """(steps, W) seconds of each step's kernels, forward and backward."""
-    start = held.calls * hardware.call_seconds
-    flops = sum_by(held.at, pairs, held.calls.size).reshape(held.calls.shape) * shape.flops_per_pair
-    backward = flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s)
-    return flops / hardware.flops_per_s + start, backward + start
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -298,11 +318,6 @@ def _distinct(rank: Int64, start: Int64, stop: Int64, cp_size: int) -> Int64:
     first, last = (start + lift)[order], (stop + lift)[order]
     seen = np.concatenate([np.zeros(1, np.int64), np.maximum.accumulate(last)])[:-1]
     return sum_by(rank[order], np.maximum(last - np.maximum(first, seen), 0), cp_size)
-
-
-def _copies(held: TileRows, shape: Shape, hardware: Hardware) -> list[Float64]:
-    """(steps, W) seconds of what is copied around the kernels, forward and backward."""
-    return [copied / hardware.copy_bytes_per_s for copied in copied_bytes(held, shape)]
 
 
 def copied_bytes(held: TileRows, shape: Shape) -> tuple[Float64, Float64]:

@@ -195,32 +195,42 @@ class Plan:
         return self.documents.rows * (self.cp_size - 1)
 
     @functools.cached_property
-    def layer_seconds(self) -> cost.Seconds:
-        """(W,) modelled seconds of all layers in `windows`, forward and backward, compute and waiting."""
-        layers = []
+    def _costs(self) -> list[tuple[int, cost.LayerCost]]:
+        """The number of layers of each window, and what one of them costs."""
+        costs = []
         for window, count in self.windows.items():
             schedule = self.schedule(window)
             _, wires = self._schedules[schedule.window]
-            layers.append((count, cost.layer_seconds(schedule, wires, self.outer_shape, self.hardware)))
-        groups, size = self.placement.cp_size, self.ulysses_size
+            costs.append((count, cost.LayerCost(schedule, wires, self.outer_shape, self.hardware)))
+        return costs
+
+    @functools.cached_property
+    def layer_seconds(self) -> cost.Seconds:
+        """(W,) modelled seconds of all layers in `windows`, forward and backward, compute and waiting."""
+        layers = [(count, layer.seconds()) for count, layer in self._costs]
         total = cost.Seconds(
             *(
-                np.repeat(
-                    sum((count * getattr(layer, field.name) for count, layer in layers), np.zeros(groups)),
-                    size,
-                )
+                self._of_all([(count, getattr(layer, field.name)) for count, layer in layers])
                 for field in dataclasses.fields(cost.Seconds)
             )
         )
-        if size == 1:
+        if self.ulysses_size == 1:
             return total
-        heads = sum(self.windows.values()) * self._head_seconds
+        heads = self._layers * self._head_seconds
         return dataclasses.replace(
             total,
             forward_exposed=total.forward_exposed + heads,
             backward_exposed=total.backward_exposed + heads,
-            least=total.least + 2 * heads,
         )
+
+    @property
+    def _layers(self) -> int:
+        return sum(self.windows.values())
+
+    def _of_all(self, layers: list[tuple[int, cost.Float64]]) -> cost.Float64:
+        """(W,) of (groups,) of one layer, and how many there are of it."""
+        groups = self.placement.cp_size
+        return np.repeat(sum((count * each for count, each in layers), np.zeros(groups)), self.ulysses_size)
 
     @functools.cached_property
     def _head_seconds(self) -> cost.Float64:
@@ -250,19 +260,18 @@ class Plan:
         return self._kernel_seconds(share, rows)
 
     def _kernel_seconds(self, pairs: Int64, rows: Int64) -> float:
-        layers = sum(self.windows.values())
-        seconds = cost.kernel_seconds(pairs, rows, layers, self.outer_shape, self.hardware)
-        return float(seconds.max()) + 2 * layers * float(self._head_seconds.max())
+        seconds = cost.kernel_seconds(pairs, rows, self._layers, self.outer_shape, self.hardware)
+        return float(seconds.max()) + 2 * self._layers * float(self._head_seconds.max())
 
-    @property
-    def least_seconds(self) -> float:
-        """What the same placement takes at least, in however many stages the same rows arrive."""
-        return float(self.layer_seconds.least.max())
+    def least_seconds(self, in_parts: bool = False) -> float:
+        """What the same placement takes at least, in however many stages the same rows arrive.
 
-    @property
-    def least_parts_seconds(self) -> float:
-        """What the same placement takes at least, in however many stages, when keys are read in parts."""
-        return float(self.layer_seconds.least_parts.max())
+        Args:
+            in_parts: where queries that are whole in this plan would read their keys in parts.
+        """
+        least = self._of_all([(count, layer.least(in_parts)) for count, layer in self._costs])
+        heads = 2 * self._layers * self._head_seconds if self.ulysses_size > 1 else 0.0
+        return float((least + heads).max())
 
     @property
     def gathers_faster(self) -> bool:

@@ -289,7 +289,7 @@ def _variants(form: Plan, gathers: bool) -> Iterator[Plan | Branch]:
         return
     if form.strategy == "sap":
         yield Branch(
-            form.least_seconds,
+            form.least_seconds(),
             lambda: (dataclasses.replace(form, stages=stages) for stages in STAGES[form.whole]),
         )
     gathers = gathers and form.gathers_faster
@@ -297,7 +297,7 @@ def _variants(form: Plan, gathers: bool) -> Iterator[Plan | Branch]:
         yield dataclasses.replace(form, strategy="all_gather", planner=all_gather)
     if form.whole and form.strategy in ("sap", "all_gather") and None in form.windows:
         yield Branch(
-            0.0 if gathers else form.least_parts_seconds,
+            0.0 if gathers else form.least_seconds(in_parts=True),
             lambda: _variants(dataclasses.replace(form, whole=False), gathers),
         )
 

@@ -21,7 +21,7 @@ from tests.models.tiny import config_of
 # the next rank.
 RECOMPUTED = (
     *("llama", "hrm_text", "dory", "nemotron", "stablelm", "qwen2_moe"),
-    *("bamba", "jamba", "lfm2", "qwen3_next", "zamba2"),
+    *("bamba", "jamba", "lfm2", "mamba2", "qwen3_next", "zamba2", "zaya"),
 )
 OTHER = (4, 20, 3)
 
@@ -239,7 +239,7 @@ def test_plans_are_made_for_the_heads_that_travel(name: str, monkeypatch: pytest
 
     monkeypatch.setattr(interface, "attention", attention)
     model: Any = families.build(name)
-    shape = sap_hf.patch_model(model).sharding._shape
+    shape = sap_hf.patch_model(model).sharding.shape
     model(**families.pack())
     sap_hf.unpatch_model(model)
     # Where layers differ, the fewest query heads.
