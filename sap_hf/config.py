@@ -34,7 +34,7 @@ class SapConfig:
     neighbour after the other) | ulysses (exchange heads alone: ulysses_size = cp_size)."""
     layout: str = "auto"
     """auto | contiguous | zigzag | balanced (even work, little moved): which rows each rank holds. auto takes the one
-    with the least modelled time."""
+    with the least modelled time; contiguous, where layers mix neighbouring tokens outside attention."""
     delivery: str = "auto"
     """auto | p2p (one grouped message per run of rows) | all_to_all (one uneven collective per stage) | all_gather (the
     collective, for strategy all_gather)."""
@@ -43,7 +43,7 @@ class SapConfig:
     remote_kv: str = "refetch"
     """refetch | keep: in the backward, receive remote K/V again (less memory) or keep it from the forward."""
     kernel: str = "auto"
-    """auto | reference | sdpa (CPU) | varlen (torch, CUDA) | flash (flash-attn, CUDA)."""
+    """auto | reference | sdpa (CPU) | varlen (torch, CUDA) | flash (flash-attn, CUDA) | flex (FlexAttention, CUDA)."""
     hardware: str = "auto"
     """What the plans' modelled seconds are for: a preset of sap_hf.planning.hardware, or a file that `sap-hf bench
     --calibrate` wrote; auto is cpu on CPUs, else h100."""

@@ -278,7 +278,8 @@ def test_what_cannot_be_verified_is_refused(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     folder = save(small(), tmp_path / "config")
-    assert refusal("mamba").startswith("sap-hf: mamba: ")
+    assert refusal("rwkv").startswith("sap-hf: rwkv: ")
+    assert "without attention has no heads" in refusal("mamba")
     assert "dropout" in refusal(save(small(attention_dropout=0.1), tmp_path / "dropout"))
     assert "no causal language model for T5Config" in refusal("t5")
     assert "Did you mean the model type 'llama'?" in refusal("lama")

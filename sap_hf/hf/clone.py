@@ -123,7 +123,12 @@ def clone(config: Any) -> Any:
     def named(field: str) -> str:
         return str(config.attribute_map.get(field, field))
 
-    heads = values[named("num_attention_heads")]
+    heads = values.get(named("num_attention_heads"))
+    if not heads:
+        raise ConfigError(
+            f"{config.model_type}: a model without attention has no heads to make few of.\n"
+            "  Verify the model with --weights, or a small config of its type."
+        )
     width = values.get("head_dim") or values[named("hidden_size")] // heads
     kv_name = next(
         (name for name in (named("num_key_value_heads"), "num_kv_heads") if values.get(name)), None
@@ -137,6 +142,9 @@ def clone(config: Any) -> Any:
     values[named("hidden_size")] = few_heads * width
     if kv_name is not None:
         values[kv_name] = few_kv_heads
+    expand, mamba_width = values.get("mamba_expand"), values.get("mamba_d_head")
+    if expand and mamba_width and values.get("mamba_d_ssm") is None:
+        values["mamba_n_heads"] = expand * few_heads * width // mamba_width
     each = "num_attention_heads_per_layer"
     if values.get(each):
         values[each] = [few_kv_heads * min(of_layer // kv_heads, 4) for of_layer in values[each]]

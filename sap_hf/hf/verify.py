@@ -31,7 +31,7 @@ from sap_hf.errors import ConfigError, LayoutError, SapError
 from sap_hf.hf.clone import UNBUILT, affordable, build, clone, describe, find_config, outline
 from sap_hf.kernels import pick
 from sap_hf.models import Patch, interface, patch_model, unpatch_model
-from sap_hf.models.families import attention_layers
+from sap_hf.models.families import attention_layers, mixer_layers
 from sap_hf.planning.render import method
 
 # Longer than a clone's window, and one of a single token; the second lies on two ranks whatever their number.
@@ -224,10 +224,11 @@ def check(config: Any, weights: str | None = None, dtype: torch.dtype = torch.fl
             verdict = check(config, weights, torch.float32)
             return dataclasses.replace(verdict, notes=[why, *verdict.notes])
         for options in TRIALS:
-            if options.get("strategy") == "ulysses" and dist.get_world_size() > config.num_attention_heads:
-                notes.append(
-                    f"ulysses left out: {config.num_attention_heads} heads for {dist.get_world_size()} ranks"
-                )
+            if options.get("layout") == "zigzag" and mixer_layers(model):
+                continue
+            heads = config.num_attention_heads if attention_layers(model) else 0
+            if options.get("strategy") == "ulysses" and dist.get_world_size() > heads:
+                notes.append(f"ulysses left out: {heads} heads for {dist.get_world_size()} ranks")
                 continue
             patch = patch_model(model, **options)
             try:

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import transformers
+from accelerate.utils import compare_versions
 
 from sap_hf.errors import UnsupportedAttention
 from sap_hf.models.table import entry_of, mixes
@@ -165,6 +167,9 @@ _MIXES = (
     r"^(?!.*Norm).*"
     r"(Conv1d$|Mixer$|Mamba|DeltaNet|DeltaAttention|ShortConv|LightningAttention|RecurrentBlock|Rwkv|xLSTM)"
 )
+# Older layers of the same names clamp and group differently.
+MIXERS_SINCE = "5.23.0"
+
 _SECOND_LOOK = r"Indexer$|Compressor$|BlockSparse|LSHSelf|DogeAttention$"
 # Names of modules that say why a family is not exact, and the reason.
 _REASONS = (
@@ -215,9 +220,17 @@ def mixer_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The modules that mix neighbouring tokens outside attention, by name; ranks hold consecutive rows for them.
 
     Raises:
-        UnsupportedAttention: a layer that seems to do so and is not in the patch table.
+        UnsupportedAttention: a layer that seems to do so and is not in the patch table, or a version of transformers
+            whose layers were other ones.
     """
     found = {name: module for name, module in model.named_modules() if mixes(type(module))}
+    if found and compare_versions(transformers.__version__, "<", MIXERS_SINCE):
+        name, layer = next(iter(found.items()))
+        raise UnsupportedAttention(
+            f"{name} ({type(layer).__name__}) mixes neighbouring tokens outside attention, which transformers "
+            f"{transformers.__version__} computes otherwise than what has been shown to be exact.\n"
+            f"  Install transformers {MIXERS_SINCE} or a later 5.x."
+        )
     for name, module in model.named_modules():
         kind = type(module).__name__
         if name and re.search(_MIXES, kind) and not _is_of(name, found):
