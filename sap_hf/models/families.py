@@ -224,7 +224,7 @@ def mixer_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
             whose layers were other ones.
     """
     found = {name: module for name, module in model.named_modules() if mixes(type(module))}
-    if found and compare_versions(transformers.__version__, "<", MIXERS_SINCE):
+    if found and compare_versions("transformers", "<", MIXERS_SINCE):
         name, layer = next(iter(found.items()))
         raise UnsupportedAttention(
             f"{name} ({type(layer).__name__}) mixes neighbouring tokens outside attention, which transformers "
