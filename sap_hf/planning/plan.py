@@ -89,14 +89,10 @@ class Plan:
         shapes = rank_shapes(self.shape, self.ulysses_size)
         return max(shapes, key=lambda shape: (shape.num_heads, shape.num_kv_heads))
 
-    @functools.cached_property
+    @property
     def outer_hardware(self) -> Hardware:
         """The machine as `placement` sees it: each of its ranks is one of the U that hold its rows."""
-        whole = self.hardware
-        ranks = max(1, whole.ranks_per_node // self.ulysses_size)
-        # All U of them send at the same time.
-        alone = min(whole.network_alone_bytes_per_s, whole.network_bytes_per_s * ranks)
-        return dataclasses.replace(whole, ranks_per_node=ranks, network_alone_bytes_per_s=alone)
+        return _of_groups(self.hardware, self.ulysses_size)
 
     def schedule(self, window: Window = None) -> Schedule:
         """The schedule of layers with this window; derived once.
@@ -320,6 +316,15 @@ class Plan:
         from sap_hf.planning.render import picture
 
         return picture(self)
+
+
+# Candidates are many, machines few.
+@functools.lru_cache(maxsize=64)
+def _of_groups(whole: Hardware, size: int) -> Hardware:
+    ranks = max(1, whole.ranks_per_node // size)
+    # All `size` ranks of a group send at the same time.
+    alone = min(whole.network_alone_bytes_per_s, whole.network_bytes_per_s * ranks)
+    return dataclasses.replace(whole, ranks_per_node=ranks, network_alone_bytes_per_s=alone)
 
 
 def _contiguous_bound(documents: Documents, layout: Layout, window: Window) -> int:

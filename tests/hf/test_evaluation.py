@@ -64,6 +64,37 @@ def metrics_while_training(folder: str) -> dict[str, Any]:
     }
 
 
+def generation_while_training(folder: str) -> dict[str, Any]:
+    """An evaluation that generates on every rank, and once more on the first rank alone, between steps of training."""
+    import sap_hf
+
+    prompt = torch.arange(3, 9).unsqueeze(0)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    texts: list[torch.Tensor] = []
+    plain: list[torch.Tensor] = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        texts.append(model.generate(prompt, **options))
+        if trainer.accelerator.is_main_process:
+            texts.append(model.generate(prompt, **options))
+        copy = material.tiny_llama()
+        copy.load_state_dict(model.state_dict())
+        plain.append(copy.eval().generate(prompt, **options))
+        return {}
+
+    case = Case(evaluates=True, args={"eval_strategy": "steps", "eval_steps": 3})
+    trainer = build(case, folder, compute_metrics=metrics)
+    sap_hf.attach(trainer, cp_size=2)
+    trainer.train()
+    return {
+        "losses": material.logged(trainer, "loss"),
+        "main": trainer.accelerator.is_main_process,
+        "texts": texts,
+        "plain": plain,
+    }
+
+
 @pytest.fixture(scope="module")
 def on_2(tmp_path_factory: pytest.TempPathFactory) -> Together:
     return Together(
@@ -73,6 +104,7 @@ def on_2(tmp_path_factory: pytest.TempPathFactory) -> Together:
             "packs": (evaluation, {"case": FIVE, "cp_size": 2}),
             "padded": (evaluation, {"case": PADDED_FIVE, "cp_size": 2}),
             "while-training": (metrics_while_training, {}),
+            "generating": (generation_while_training, {}),
         },
     )
 
@@ -172,6 +204,19 @@ def test_evaluating_in_the_middle_does_not_disturb_training(on_2: Together) -> N
         assert oracle.worst(result["parameters"], run.parameters) < material.EXACT
         assert result["labels"] == [targets] * 2
         assert len(result["eval_losses"]) == 2 and result["eval_losses"][0] != before
+
+
+def test_an_evaluation_that_generates_neither_hangs_nor_disturbs_training(on_2: Together) -> None:
+    run, _, _ = Case(evaluates=True).truth()
+    results = on_2["generating"]
+    assert [result["main"] for result in results] == [True, False]
+    for result in results:
+        assert oracle.worst(result["losses"], run.losses) < material.EXACT
+        # The first rank generates twice in each of the evaluations, the other once.
+        twice = 2 if result["main"] else 1
+        assert len(result["plain"]) == 2 and len(result["texts"]) == 2 * twice
+        for at, text in enumerate(result["texts"]):
+            assert torch.equal(text, result["plain"][at // twice])
 
 
 def test_trainer_in_one_process_feeds_the_same(tmp_path: Path) -> None:
