@@ -16,9 +16,9 @@ from tests.dist import run_ranks
 
 
 class Slow(transport.Transport):
-    """A wire that takes 50 us for each message and 1 us per KiB: what calibration must find again."""
+    """A wire that takes 1 ms for each message and 1 us per KiB: what calibration must find again."""
 
-    SECONDS, BYTES_PER_S = 5e-5, 1e9
+    SECONDS, BYTES_PER_S = 1e-3, 1e9
 
     def post(self, sends, receives, group):
         pending = super().post(sends, receives, group)
@@ -59,7 +59,8 @@ def test_two_nodes_are_measured_apart():
 def test_a_slow_wire_is_found():
     *_, node, _, _, message, _, _, _ = run_ranks(measure, 2, 2, True, env={"LOCAL_WORLD_SIZE": "2"})[0]
     assert Slow.BYTES_PER_S / 8 < node < Slow.BYTES_PER_S
-    assert message > Slow.SECONDS
+    # A difference of two measurements, of which a busy machine may lengthen one.
+    assert message > Slow.SECONDS / 2
 
 
 def contended(rank, world, slowed):
