@@ -6,12 +6,16 @@ is added afterwards: ranks wait for each other over one product with that state,
 chunks after Dao and Gu 2024 (arXiv:2405.21060, section 6 and listing 1), Mamba-1 (Gu and Dao 2023, arXiv:2312.00752)
 row by row. Projections, norms and gates are the layer's own.
 
-Scans are in float32 at least, also under autocast. They are plain torch on every device: the kernels of mamba_ssm and
-causal_conv1d are not called.
+Scans are in float32 at least, also under autocast, and plain torch. On CUDA and in half precision Mamba-2 runs the
+fused scan of mamba_ssm 2.0.4 or newer where it is installed, as transformers itself does: sums in float32, products of
+half precision (no test has run it; a stand-in of its signature is tested). causal_conv1d and the scan that mamba_ssm
+has for Mamba-1 are not called.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -20,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils.import_utils import is_mamba_2_ssm_available
 
 from sap_hf.models.bypass import Call, once
 from sap_hf.models.mixers import Line, line_of
@@ -86,7 +91,7 @@ def _mamba2(call: Call, projected: Tensor) -> tuple[Tensor, Tensor]:
     states = layer.n_groups * layer.ssm_state_size
     x, b, c = mixed.split([layer.intermediate_size, states, states], -1)
     with torch.autocast(projected.device.type, enabled=False):
-        x, b, c, step, bias, a_log, skip = _wide(x, b, c, step[0], layer.dt_bias, layer.A_log, layer.D)
+        step, bias, a_log, skip = _wide(step[0], layer.dt_bias, layer.A_log, layer.D)
         # In older versions of transformers zamba2 has a shortest step alone.
         shortest, longest = layer.time_step_limit or (layer.time_step_min, math.inf)
         step = F.softplus(step + bias).clamp(shortest, longest)
@@ -94,16 +99,40 @@ def _mamba2(call: Call, projected: Tensor) -> tuple[Tensor, Tensor]:
         groups = (layer.n_groups, layer.num_heads // layer.n_groups)
         x, step = x.unflatten(-1, (*groups, layer.head_dim)), step.unflatten(-1, groups)
         b, c = (each.unflatten(-1, (layer.n_groups, -1)) for each in (b, c))
-        log_decay = -step * a_log.exp().view(groups)
+        rate, skip = -a_log.exp().view(groups), skip.view(groups)
+        log_decay = step * rate
         stretches = _stretches(call, line, layer.chunk_size, x.device)
-        y, final = _chunks(log_decay, x * step[..., None], b, c, stretches)
+        kernel = _kernel(layer, x)
+        if kernel is None:
+            x, b, c = _wide(x, b, c)
+            y, final = _chunks(log_decay, x * step[..., None], b, c, stretches)
+            y = y + x * skip[..., None]
+        else:
+            kernel = functools.partial(kernel, chunk_size=layer.chunk_size)
+            y, final = _fused(kernel, x, step, rate, b, c, skip, stretches)
 
         def read(reach: Tensor, state: Tensor) -> Tensor:
-            return torch.einsum("tgn,ghpn->tghp", c[: len(reach)], state) * reach[..., 0]
+            return torch.einsum("tgn,ghpn->tghp", c[: len(reach)].to(state.dtype), state) * reach[..., 0]
 
         y = _joined(line, y, final, log_decay[..., None, None], read)
-        y = y + x * skip.view(*groups, 1)
     return y.flatten(1).unsqueeze(0), gate
+
+
+def _kernel(layer: Any, x: Tensor) -> Callable[..., Any] | None:
+    """The fused scan of mamba_ssm for x (C, G, H, P), which transformers calls too; None where torch is to scan.
+
+    Its products of float32 are TF32, and it counts places in a tensor in 32 bits: past that it reads other rows.
+    """
+    rows = len(x)
+    chunks = -(-rows // layer.chunk_size)
+    states = chunks * layer.intermediate_size * layer.ssm_state_size
+    scores = chunks * layer.chunk_size**2 * layer.n_groups
+    fits = max(rows * layer.conv_dim, states, scores) < 2**31
+    takes = x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and fits
+    if not (takes and is_mamba_2_ssm_available()):
+        return None
+    module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    return cast("Callable[..., Any]", module.mamba_chunk_scan_combined)
 
 
 def _one_head(call: Call, hidden_states: Tensor, normed: bool) -> Tensor:
@@ -177,7 +206,40 @@ def _joined(
         final = final + reach[-1] * state
     # First what the next rank waits for.
     y = line.send(y, final)
-    return torch.cat([y[:rows] + read(reach, state), y[rows:]])
+    return torch.cat([(y[:rows] + read(reach, state)).to(y.dtype), y[rows:]])
+
+
+def _fused(
+    kernel: Callable[..., Any],
+    x: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    stretches: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As _chunks, with what x adds by itself.
+
+    The kernel's final state is the one after the last row, of the last stretch alone, and has a gradient.
+
+    Args:
+        x: (C, G, H, P), in half precision as b and c.
+        step: (C, G, H), as it counts: the kernel neither biases nor limits it again.
+        rate, skip: (G, H), float32; the kernel's A and D.
+    """
+    groups = rate.shape
+    y, final = kernel(
+        x.flatten(1, 2).unsqueeze(0),
+        step.flatten(1).unsqueeze(0),
+        rate.flatten(),
+        b.unsqueeze(0),
+        c.unsqueeze(0),
+        D=skip.flatten(),
+        seq_idx=stretches.flatten()[: len(x)].int().unsqueeze(0),
+        return_final_states=True,
+    )
+    return y[0].unflatten(1, groups), final[0].unflatten(0, groups)
 
 
 def _chunks(log_decay: Tensor, x: Tensor, b: Tensor, c: Tensor, stretches: Tensor) -> tuple[Tensor, Tensor]:

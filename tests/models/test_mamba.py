@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import sap_hf
+from sap_hf.models import mamba
 from sap_hf.models.bypass import Call
 from sap_hf.models.interface import Shard
 from sap_hf.models.mamba import MIXERS
 from sap_hf.runtime.group import ALONE, world
 from tests.dist import run_ranks
-from tests.models import families
+from tests.models import families, stand_in_mamba
 
 EXACT = 1e-10
 CHUNK = 8
@@ -90,6 +93,8 @@ PACKS = {
     "hardly any": (2, 3, 4),
 }
 WORLDS = (1, 2, 3)
+# Mamba-2, for which mamba_ssm's kernel may scan.
+FUSED = ("bamba", "falcon_h1", "falcon_h1-norm", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2")
 # Many chunks in each.
 LONG = (300, 5, 411, 1, 90)
 ROUNDING = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
@@ -158,13 +163,32 @@ def shared(rank: int, size: int, case: str, lengths: Sequence[int], dtype: torch
     return found(layer, x, out)
 
 
-def on_rank(rank: int, size: int) -> dict[tuple[str, str], Any]:
+def fused(rank: int, size: int, case: str, lengths: Sequence[int], dtype: torch.dtype) -> Found:
+    """As shared, with a stand-in for mamba_ssm's kernel; it is to run once, in the layer's chunks."""
+    calls: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba, "_kernel", lambda layer, x: stand_in_mamba.mamba_chunk_scan_combined)
+        patch.setattr(stand_in_mamba, "CALLS", calls)
+        result = shared(rank, size, case, lengths, dtype)
+    assert calls == [layer_of(case, dtype).chunk_size]
+    return result
+
+
+def on_rank(rank: int, size: int) -> dict[tuple[Any, str, str], Any]:
     labels = {**PACKS, **dict.fromkeys(ROUNDING if size == 2 else (), LONG)}
     return {
-        (case, label): attempt(label, shared, rank, size, case, lengths)
-        for case in LAYERS
+        (way, case, label): attempt(label, way, rank, size, case, lengths)
+        for way, cases in WAYS.items()
+        for case in cases
         for label, lengths in labels.items()
     }
+
+
+# By which scan -> the layers that it is for.
+WAYS = {shared: tuple(LAYERS), fused: FUSED}
+EACH = pytest.mark.parametrize(
+    "way, case", [pytest.param(way, case, id=f"{way.__name__}-{case}") for way in WAYS for case in WAYS[way]]
+)
 
 
 def attempt(label: str, function: Any, *args: Any) -> Any:
@@ -188,7 +212,7 @@ def together(parts: Sequence[Any], rows: int) -> Found:
 
 
 @pytest.fixture(scope="module")
-def on_ranks() -> dict[int, list[dict[tuple[str, str], Any]]]:
+def on_ranks() -> dict[int, list[dict[tuple[Any, str, str], Any]]]:
     return {size: run_ranks(on_rank, size, poison=True) if size > 1 else [on_rank(0, 1)] for size in WORLDS}
 
 
@@ -209,21 +233,58 @@ def test_the_table_has_the_classes_that_are_tested() -> None:
 
 @pytest.mark.parametrize("size", WORLDS)
 @pytest.mark.parametrize("label", PACKS)
-@pytest.mark.parametrize("case", LAYERS)
-def test_documents_on_ranks_equal_documents_alone(on_ranks: Any, case: str, label: str, size: int) -> None:
+@EACH
+def test_documents_on_ranks_equal_documents_alone(
+    on_ranks: Any, way: Any, case: str, label: str, size: int
+) -> None:
     lengths = PACKS[label]
     truth = truth_of(case, lengths)
-    result = together([each[case, label] for each in on_ranks[size]], sum(lengths))
+    result = together([each[way, case, label] for each in on_ranks[size]], sum(lengths))
     for what, error in differences(result, truth).items():
         assert error < EXACT, what
 
 
 @pytest.mark.parametrize("label", ROUNDING)
-@pytest.mark.parametrize("case", LAYERS)
-def test_rounding_is_no_worse_than_twice_as_without_us(on_ranks: Any, case: str, label: str) -> None:
+@EACH
+def test_rounding_is_no_worse_than_twice_as_without_us(
+    on_ranks: Any, way: Any, case: str, label: str
+) -> None:
     truth = truth_of(case, LONG)
     usual = differences(attempt(label, alone, case, LONG), truth, mean=True)
-    result = together([each[case, label] for each in on_ranks[2]], sum(LONG))
+    result = together([each[way, case, label] for each in on_ranks[2]], sum(LONG))
     errors = differences(result, truth, mean=True)
     for what in ("out", "x", "in_proj.weight", "out_proj.weight"):
         assert errors[what] < 2 * usual[what], what
+
+
+@pytest.mark.parametrize(
+    "device, dtype, installed, sizes, runs",
+    [
+        ("cuda", torch.bfloat16, True, {}, True),
+        ("cuda", torch.float16, True, {}, True),
+        ("cuda", torch.float32, True, {}, False),
+        ("cpu", torch.bfloat16, True, {}, False),
+        ("cuda", torch.bfloat16, False, {}, False),
+        ("cuda", torch.bfloat16, True, {"conv_dim": 2**31 // 100}, True),
+        ("cuda", torch.bfloat16, True, {"conv_dim": 2**31 // 100 + 1}, False),
+        ("cuda", torch.bfloat16, True, {"ssm_state_size": 2**31}, False),
+        ("cuda", torch.bfloat16, True, {"chunk_size": 2**16}, False),
+    ],
+)
+def test_the_kernel_runs_where_it_takes_what_it_gets(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: torch.dtype,
+    installed: bool,
+    sizes: dict[str, int],
+    runs: bool,
+) -> None:
+    layer = layer_of("bamba", dtype)
+    for name, size in sizes.items():
+        monkeypatch.setattr(layer, name, size)
+    monkeypatch.setattr(mamba, "is_mamba_2_ssm_available", lambda: installed)
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", stand_in_mamba)
+    with FakeTensorMode():
+        x = torch.empty(100, 2, 2, layer.head_dim, dtype=dtype, device=device)
+        kernel = mamba._kernel(layer, x)
+    assert kernel is (stand_in_mamba.mamba_chunk_scan_combined if runs else None)
