@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from sap_hf.config import SapConfig
-from sap_hf.errors import ConfigError, LayoutError
+from sap_hf.errors import ConfigError, LayoutError, SapError
 from sap_hf.hf import counting
 from sap_hf.hf.ahead import Ahead
 from sap_hf.hf.plugin import SapPlugin
@@ -223,8 +223,14 @@ def attach(trainer: AnyTrainer, config: SapConfig | str | Path | None = None, **
     else:
         attach_group(ALONE)
     attachment = _attachments[trainer] = Attachment(any_trainer, resolved, plugin, before)
+    try:
+        # On every rank: a kernel that cannot do what it is asked for is refused by all of them.
+        report = _report(any_trainer, attachment, plugin)
+    except SapError:
+        detach(trainer)
+        raise
     if accelerator.is_main_process:
-        print(_report(any_trainer, attachment, plugin), flush=True)
+        print(report, flush=True)
     return trainer
 
 
@@ -284,7 +290,8 @@ def _report(trainer: Any, attachment: Attachment, plugin: SapPlugin | None) -> s
     else:
         lines.append(f"sap_hf: per optimizer step {after}")
     lines.append(f"sap_hf: patched {attachment.patch}")
-    lines.append(f"sap_hf: kernel {_kernel(trainer, attachment)}")
+    if attention_layers(trainer.model):
+        lines.append(f"sap_hf: kernel {_kernel(trainer, attachment)}")
     return "\n".join(lines)
 
 
