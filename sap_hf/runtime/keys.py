@@ -57,8 +57,10 @@ class KeySums:
     def add(self, call: DeviceCall, part_k: torch.Tensor, part_v: torch.Tensor) -> None:
         """Add a call's dk (n, K, D) and dv (n, K, Dv)."""
         picked, rows = call.added
-        rows.add_to(self.sums[..., : self._width], picked.take(part_k))
-        rows.add_to(self.sums[..., self._width :], picked.take(part_v))
+        # A GPU would be called for no rows too.
+        if not isinstance(rows.at, slice) or rows.at.start < rows.at.stop:
+            rows.add_to(self.sums[..., : self._width], picked.take(part_k))
+            rows.add_to(self.sums[..., self._width :], picked.take(part_v))
         if call.local:
             # Where there are other parts it is overwritten in the end.
             self._dk.put(call.k, part_k)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sap_hf.errors import UnsupportedAttention
 from tests.hf import material, oracle, vocabulary
 from tests.hf.scenarios import Case, build
 from tests.hf.together import Together
@@ -268,3 +269,14 @@ def test_plugin_in_the_training_arguments_needs_no_cp_size(on_2: Together) -> No
 def test_detach_leaves_an_sft_trainer_as_it_was(on_2: Together) -> None:
     for left in on_2["sft-there-and-back"]:
         assert in_use(left) == []
+
+
+def test_a_kernel_that_cannot_run_is_refused_with_nothing_changed(tmp_path: Any) -> None:
+    import sap_hf
+
+    trainer = build(CASE, str(tmp_path))
+    before = dict(vars(trainer))
+    with pytest.raises(UnsupportedAttention, match="on CUDA only"):
+        sap_hf.attach(trainer, kernel="varlen")
+    assert vars(trainer) == before
+    assert trainer.model.config._attn_implementation == "sdpa"
