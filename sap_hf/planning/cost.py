@@ -1,6 +1,6 @@
 """Cost: what a schedule takes on a given machine, by an alpha-beta model with overlap.
 
-(Schedule, Shape, Hardware) -> seconds and bytes per rank, forward and backward. It decides between plans, so it is the
+(Bundle, Shape, Hardware) -> seconds and bytes per rank, forward and backward. It decides between plans, so it is the
 same to the last bit on every rank: elementwise operations and sums in index order only.
 """
 
@@ -14,12 +14,7 @@ from numpy.typing import NDArray
 
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.hardware import Hardware
-from sap_hf.planning.schedule import (
-    Schedule,
-    is_full,
-    sum_by,
-    tile_pairs,
-)
+from sap_hf.planning.schedule import Bundle, is_full, sum_by, tile_pairs
 
 Float64 = NDArray[np.float64]
 # Matrix products of the backward over those of the forward: 5 (S, dP, dQ, dK, dV) to 2 (S, O).
@@ -77,19 +72,25 @@ def critical_rows(shape: Shape, hardware: Hardware, inside_node: bool) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Wires:
-    """How the S stages of a schedule travel.
+    """How the stages of V schedules travel, S of them at most; those that a schedule lacks take no time.
 
     Attributes:
-        deliveries: S names.
-        there, back: (S, W) seconds until each rank has sent and received its part: of the rows in the forward, and of
-            dK/dV on their way home.
-        link: (W,) seconds that the bytes of all stages take on a rank's links, one way.
+        deliveries: V times the names of a schedule's stages.
+        there, back: (S, V, W) seconds until each rank has sent and received its part: of the rows in the forward, and
+            of dK/dV on their way home.
+        link: (V, W) seconds that the bytes of all stages take on a rank's links, one way.
     """
 
-    deliveries: tuple[str, ...]
+    deliveries: tuple[tuple[str, ...], ...]
     there: Float64
     back: Float64
     link: Float64
+
+    @property
+    def seconds(self) -> Float64:
+        """(V, W) of all stages, there and back."""
+        total: Float64 = self.there.sum(axis=0) + self.back.sum(axis=0)
+        return total
 
 
 def kernel_seconds(pairs: Int64, rows: Int64, layers: int, shape: Shape, hardware: Hardware) -> Float64:
@@ -106,73 +107,59 @@ def kernel_seconds(pairs: Int64, rows: Int64, layers: int, shape: Shape, hardwar
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LayerCost:
-    """What one layer under a schedule costs.
+class LayerCosts:
+    """What one layer costs under each of V schedules.
 
     Attributes:
-        wires: how its stages travel.
+        wires: how their stages travel.
     """
 
-    schedule: Schedule
+    bundle: Bundle
     wires: Wires
     shape: Shape
     hardware: Hardware
 
     @functools.cached_property
     def _held(self) -> TileRows:
-        return tile_rows(self.schedule, len(self.wires.link))
+        return tile_rows(self.bundle)
 
     @functools.cached_property
     def _kernels(self) -> tuple[Float64, Float64]:
-        """(steps, W) seconds of each step's kernels, forward and backward."""
+        """(1 + S, V, W) seconds of each step's kernels, forward and backward."""
         held, hardware = self._held, self.hardware
         start = held.calls * hardware.call_seconds
-        pairs = sum_by(held.at, tile_pairs(self.schedule.tiles, self.schedule.window), held.calls.size)
-        flops = pairs.reshape(held.calls.shape) * self.shape.flops_per_pair
+        pairs = sum_by(held.at, tile_pairs(self.bundle.tiles.T, self.bundle.window), start.size)
+        flops = pairs.reshape(start.shape) * self.shape.flops_per_pair
         backward = flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s)
         return flops / hardware.flops_per_s + start, backward + start
 
-    def seconds(self, keep: bool = False) -> Seconds:
-        """In the order in which the program posts, waits and attends.
-
-        Args:
-            keep: the backward has the remote K/V still and does not fetch it again.
-        """
-        busy = map(np.add, self._kernels, self._copies(self._held))
-        receives = np.array([len(step.transfers) > 0 for step in self.schedule.steps])
-        # Local steps are the first row, whose rows travel nowhere.
-        staged, staged_back = (
-            np.concatenate([part[~receives].sum(axis=0)[None], part[receives]]) for part in busy
-        )
+    @functools.cached_property
+    def seconds(self) -> Float64:
+        """(4, V, W) the fields of Seconds, in the order in which the program posts, waits and attends."""
+        busy, busy_back = map(np.add, self._kernels, self._copies(self._held))
+        stages, wires = self.bundle.stages, self.wires
         now, end = in_stages(
-            staged,
-            staged_back,
-            self.wires.there,
-            self.wires.back,
+            busy,
+            busy_back,
+            wires.there,
+            wires.back,
             contention=self.hardware.contention,
-            slots=self.schedule.slots,
-            whole=self.schedule.whole,
-            keep=keep,
+            slots=np.array([min(of.slots or stages, stages) for of in self.bundle.schedules]),
+            whole=np.array([of.whole for of in self.bundle.schedules]),
         )
-        forward, backward = (part.sum(axis=0) for part in (staged, staged_back))
-        return Seconds(forward, now - forward, backward, end - backward)
+        forward, backward = busy.sum(axis=0), busy_back.sum(axis=0)
+        return np.stack([forward, now - forward, backward, end - backward])
 
-    def least(self, in_parts: bool = False) -> Float64:
-        """(W,) no more than forward and backward take, however many stages bring the same rows.
-
-        Args:
-            in_parts: where queries that are `whole` in this schedule would read their keys in parts.
-        """
-        read = self._held.at_best()
-        if in_parts and self.schedule.whole:
-            read = read.in_parts()
-        forward, backward = map(np.add, self._kernels, self._copies(read))
+    @functools.cached_property
+    def least(self) -> Float64:
+        """(V, W) no more than forward and backward take, however many stages bring the same rows."""
+        forward, backward = map(np.add, self._kernels, self._copies(self._held.at_best()))
         link = self.wires.link
         least: Float64 = np.maximum(forward.sum(axis=0), link) + np.maximum(backward.sum(axis=0), 2 * link)
         return least
 
     def _copies(self, held: TileRows) -> list[Float64]:
-        """(steps, W) seconds of what is copied around the kernels, forward and backward."""
+        """(1 + S, V, W) seconds of what is copied around the kernels, forward and backward."""
         return [copied / self.hardware.copy_bytes_per_s for copied in copied_bytes(held, self.shape)]
 
 
@@ -182,50 +169,46 @@ def in_stages(
     there: Float64,
     back: Float64,
     *,
-    contention: float = 0.0,
-    slots: int | None = None,
-    whole: bool = False,
-    keep: bool = False,
+    contention: float,
+    slots: Int64,
+    whole: NDArray[np.bool_],
 ) -> tuple[Float64, Float64]:
-    """(W,) seconds until each rank's forward, and backward, is done, as the program posts, waits and attends.
+    """(V, W) seconds until each rank's forward, and backward, is done, as programs post, wait and attend.
 
     Args:
-        busy, busy_back: (1 + S, W) seconds of kernels and copies: of local tiles, then of each stage.
-        there, back: (S, W) seconds on the way, and home.
-        contention: of the Hardware. slots, whole: of the Schedule.
+        busy, busy_back: (1 + S, V, W) seconds of kernels and copies: of local tiles, then of each stage.
+        there, back: (S, V, W) seconds on the way, and home.
+        contention: of the Hardware. slots, whole: (V,) of the Schedules; at least S slots where all rows are held.
     """
-    stages = len(there)
+    stages, number = len(there), np.arange(len(slots))
     if contention and stages:
         # The next stage's rows travel beside a stage's kernels; in the backward so does what goes home.
         none = np.zeros_like(there[:1])
         ahead, home = np.concatenate([there, none]), np.concatenate([none, back])
         busy = beside(busy, ahead, contention)
-        busy_back = beside(busy_back, (0 if keep else 1) * ahead + home, contention)
-    slots = slots or stages
+        busy_back = beside(busy_back, ahead + home, contention)
+    # done[i + 1] is when stage i has been computed; rows of stage i go into the slot of stage i - slots.
+    done = np.zeros((stages + 1, *busy.shape[1:]))
+    free = [np.maximum(i + 1 - slots, 0) for i in range(stages)]
     now, arrival = busy[0], np.zeros_like(busy[0])
-    done: list[Float64] = []
     for i in range(stages):
-        # Rows of stage i go into the slot that stage i - slots has been computed from.
-        arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + there[i]
-        now = np.maximum(now, arrival) + busy[i + 1]
-        done.append(now)
+        arrival = np.maximum(arrival, done[free[i], number]) + there[i]
+        done[i + 1] = now = np.maximum(now, arrival) + busy[i + 1]
     # Half of the local work hides the second fetch, the other half what travels home.
-    early = busy_back[0] / 2 if stages and not keep else np.zeros_like(now)
-    end, arrival, done = early, np.zeros_like(now), []
-    departure = _total(there, len(now)) if not keep and slots >= stages else np.zeros_like(now)
+    early = busy_back[0] / 2
+    end, arrival = early, np.zeros_like(now)
+    # One communicator carries one exchange after the other: what goes home waits for the fetches before it.
+    departure = (slots >= stages)[:, None] * there.sum(axis=0)
+    # A later stage of a whole one still adds to what an earlier one brought: all goes home in the end.
+    later = whole[:, None]
     for i in range(stages):
-        if not keep:
-            arrival = (np.maximum(arrival, done[i - slots]) if i >= slots else arrival) + there[i]
-            end = np.maximum(end, arrival)
-        end = end + busy_back[i + 1]
-        done.append(end)
-        # One communicator carries one exchange after the other: what goes home waits for the fetches before it.
-        if not whole:
-            departure = np.maximum(np.maximum(departure, end), arrival) + back[i]
-    if whole:
-        # A later stage still adds to what an earlier one brought.
-        departure = np.maximum(np.maximum(departure, end), arrival) + _total(back, len(now))
-    return now, np.maximum(end + busy_back[0] - early, departure)
+        arrival = np.maximum(arrival, done[free[i], number]) + there[i]
+        done[i + 1] = end = np.maximum(end, arrival) + busy_back[i + 1]
+        leaves = np.maximum(np.maximum(departure, end), arrival)
+        departure = np.where(later, departure, leaves + back[i])
+    if stages:
+        departure = np.where(later, leaves + back.sum(axis=0), departure)
+    return now, np.maximum(end + (busy_back[0] - early), departure)
 
 
 def beside(busy: Float64, wire: Float64, contention: float) -> Float64:
@@ -234,94 +217,91 @@ def beside(busy: Float64, wire: Float64, contention: float) -> Float64:
     return slowed
 
 
-def _total(rows: Float64, ranks: int) -> Float64:
-    """(W,) sum of (n, W), in order."""
-    return sum(rows, np.zeros(ranks))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class TileRows:
     """Rows that the kernel calls of each step read on each rank, and those that travel.
 
+    Of V schedules with S stages at most: step 0 is what needs no others' rows, step i + 1 what stage i brings.
+
     Attributes:
-        at: (m,) step * W + rank of each tile.
-        queries, keys: (3, steps, W) rows of q, and of K, in causal tiles that read their own rows alone, in causal
+        at: (m,) (step * V + schedule) * W + rank of each tile.
+        queries, keys: (3, 1 + S, V, W) rows of q, and of K, in causal tiles that read their own rows alone, in causal
             tiles that read rows before them as well, and in full tiles.
-        calls: (steps, W) int64; full tiles are one call of the kernel, causal ones another.
-        scattered: (2, steps, W) whether there are several causal tiles that read rows before them, or several full
+        scattered: (2, 1 + S, V, W) whether there are several causal tiles that read rows before them, or several full
             tiles: what they read does not lie together.
-        halved: (W,) whether local tiles are two calls of the backward.
-        kept: (W,) own rows in the K/V buffer. sent, received: (W,) rows that travel, each as often as it does.
+        halved: (V, W) whether local tiles are two calls of the backward.
+        kept: (V, W) own rows in the K/V buffer. sent, received: (V, W) rows that travel, each as often as it does.
     """
 
     at: Int64
     queries: Int64
     keys: Int64
-    calls: Int64
     scattered: NDArray[np.bool_]
     halved: NDArray[np.bool_]
     kept: Int64
     sent: Int64
     received: Int64
 
+    @functools.cached_property
+    def calls(self) -> Int64:
+        """(1 + S, V, W) calls of the kernel: full tiles are one, causal ones another."""
+        own, long, full = self.queries
+        calls: Int64 = (own + long > 0).astype(np.int64) + (full > 0)
+        return calls
+
     def at_best(self) -> TileRows:
         """What is read at least, however many stages the same tiles are spread over."""
         return dataclasses.replace(self, scattered=np.zeros_like(self.scattered))
 
-    def in_parts(self) -> TileRows:
-        """What is read at least when tiles that read rows before their own become a causal and a full one."""
-        own, long, full = self.queries
-        none = np.zeros_like(self.keys)
-        rows = np.zeros_like(self.kept)
-        queries = np.stack([own + long, none[0], full + long])
-        return dataclasses.replace(
-            self.at_best(), queries=queries, keys=none, kept=rows, sent=rows, received=rows
-        )
 
-
-def tile_rows(schedule: Schedule, cp_size: int) -> TileRows:
+def tile_rows(bundle: Bundle) -> TileRows:
     """The rows of every tile, added up."""
-    tiles, steps = schedule.tiles, len(schedule.steps)
-    rank, q_start, q_stop, k_start, k_stop = tiles.T
-    step = np.repeat(np.arange(steps), [len(each.tiles) for each in schedule.steps])
-    at, size = step * cp_size + rank, steps * cp_size
-    full = is_full(tiles)
-    long = ~full & (k_start < q_start)
-    kind = (full * 2 + long) * size + at
-    count, queries, keys = (
-        sum_by(kind, rows, 3 * size).reshape(3, steps, cp_size)
-        for rows in (np.ones_like(rank), q_stop - q_start, k_stop - k_start)
-    )
-    calls = (queries[:2].sum(axis=0) > 0).astype(np.int64) + (queries[2] > 0)
-    moved = np.concatenate([np.zeros((0, 4), np.int64), *(each.transfers for each in schedule.steps)])
-    source, destination, start, stop = moved.T
+    ranks = (len(bundle.schedules), bundle.cp_size)
+    steps, width = 1 + bundle.stages, ranks[0] * ranks[1]
+    rank, q_start, q_stop, k_start, k_stop = bundle.tiles
+    at = bundle.tile_step * width + (which := bundle.tile_number * ranks[1] + rank)
+    full = is_full(bundle.tiles.T)
+    long = k_start < np.where(full, 0, q_start)
+    kind = (full * 2 + long) * (steps * width) + at
+    size = 3 * steps * width
+    rows = q_stop - q_start
+    count = np.bincount(kind, minlength=size).reshape(3, steps, *ranks)
+    queries, keys = (sum_by(kind, of, size).reshape(3, steps, *ranks) for of in (rows, k_stop - k_start))
     # Of its own rows a rank keeps those that it sends, those of tiles that read received rows before them, and those
     # that are read by tiles of other queries too.
-    staged = np.array([len(each.transfers) > 0 for each in schedule.steps], bool)[step]
-    mixed, shared = long & staged, (long | full) & ~staged
+    local = bundle.tile_step == 0
+    mixed, shared = (long & ~local).nonzero()[0], ((long | full) & local).nonzero()[0]
+    source, destination, start, stop = bundle.transfers
+    lift = bundle.transfer_number * ranks[1]
+    source, destination = source + lift, destination + lift
     kept = _distinct(
-        np.concatenate([source, rank[mixed], rank[shared]]),
+        np.concatenate([source, which[mixed], which[shared]]),
         np.concatenate([start, q_start[mixed], k_start[shared]]),
-        np.concatenate([stop, q_stop[mixed], np.minimum(k_stop, q_start)[shared]]),
-        cp_size,
+        np.concatenate([stop, q_stop[mixed], np.minimum(k_stop[shared], q_start[shared])]),
+        width,
     )
-    sent, received = (sum_by(of, stop - start, cp_size) for of in (source, destination))
-    halved = (np.bincount(rank[~staged], minlength=cp_size) > 1) & (sent + received > 0)
-    return TileRows(at, queries, keys, calls, count[1:] > 1, halved, kept, sent, received)
+    sent, received = (sum_by(of, stop - start, width) for of in (source, destination))
+    halved = (np.bincount(which[local], minlength=width) > 1) & (sent + received > 0)
+    kept, sent, received = (of.reshape(ranks) for of in (kept, sent, received))
+    return TileRows(at, queries, keys, count[1:] > 1, halved.reshape(ranks), kept, sent, received)
 
 
-def _distinct(rank: Int64, start: Int64, stop: Int64, cp_size: int) -> Int64:
-    """(W,) rows in any of a rank's ranges."""
+def _distinct(rank: Int64, start: Int64, stop: Int64, ranks: int) -> Int64:
+    """(ranks,) rows in any of a rank's ranges."""
+    if not len(rank):
+        return np.zeros(ranks, np.int64)
     # Ranks are lifted apart, so that one scan finds what is new in each range.
-    lift = rank * (int(stop.max(initial=0)) + 1)
-    order = np.argsort(start + lift, kind="stable")
-    first, last = (start + lift)[order], (stop + lift)[order]
-    seen = np.concatenate([np.zeros(1, np.int64), np.maximum.accumulate(last)])[:-1]
-    return sum_by(rank[order], np.maximum(last - np.maximum(first, seen), 0), cp_size)
+    lift = rank * (int(stop.max()) + 1)
+    first = start + lift
+    order = first.argsort(kind="stable")
+    rank, first, last = rank.take(order), first.take(order), (stop + lift).take(order)
+    begin = first.copy()
+    np.maximum(first[1:], np.maximum.accumulate(last[:-1]), out=begin[1:])
+    return sum_by(rank, np.maximum(last - begin, 0), ranks)
 
 
-def copied_bytes(held: TileRows, shape: Shape) -> tuple[Float64, Float64]:
-    """(steps, W) bytes that `runtime.attention` reads and writes around the kernels, forward and backward.
+def copied_bytes(held: TileRows, shape: Shape) -> tuple[Int64, Int64]:
+    """(1 + S, V, W) bytes that `runtime.attention` reads and writes around the kernels, forward and backward.
 
     Runs of rows that lie together are views there. Here they are those of a call's only tile, and of tiles that read
     their own rows alone. What happens once in a layer is in the first step.
@@ -333,33 +313,34 @@ def copied_bytes(held: TileRows, shape: Shape) -> tuple[Float64, Float64]:
     apart, apart_full = held.scattered
     # A rank with full tiles has several parts of one row: it merges them, the first is only widened. Others write a
     # part to its rows, where there is more than one call.
-    merges = full.sum(axis=0) > 0
+    merges = full.any(axis=0)
     writes = ~merges & (held.calls.sum(axis=0) > 1)
-    causal = own + long
-    copied = query * (
-        merges * (2 * cast * causal + (4 * wide + wire + apart_full * (4 * wide + 2 * wire)) * full)
-        + writes * (2 * wire * causal + apart * 2 * wire * long)
-    )
+    causal, apart_long = own + long, apart * long
     # dq is written, or added to sums that are cast; q, out and dout are gathered for tiles that lie apart.
-    writes |= ~merges & held.halved
-    copied_back = query * (
-        merges
-        * ((3 * wide + wire + cast) * causal + (2 * wide + wire + apart_full * (6 * wire + cast)) * full)
-        + writes * (2 * wire * causal + apart * 6 * wire * long)
-    )
+    writes_back = writes | (~merges & held.halved)
+    written, gathered = 2 * wire * query * writes, 2 * wire * query * writes_back
+    copied = written * (causal + apart_long)
+    copied_back = gathered * (causal + 3 * apart_long)
+    copied_keys = apart * long_keys
+    if merges.any():
+        apart_rows, merged = apart_full * full, query * merges
+        copied += merged * (2 * cast * causal + (4 * wide + wire) * full + (4 * wide + 2 * wire) * apart_rows)
+        copied_back += merged * (
+            (3 * wide + wire + cast) * causal + (2 * wide + wire) * full + (6 * wire + cast) * apart_rows
+        )
+        copied_keys = copied_keys + apart_full * full_keys
     # Kept rows are put beside what is received; keys that lie apart are gathered.
-    gathered = apart * long_keys + apart_full * full_keys
-    copied = copied + keys * 2 * wire * gathered
+    copied += keys * 2 * wire * copied_keys
     copied[0] += keys * 2 * wire * held.kept
     # Gradients of keys are written, or added to sums: these are cleared, sent home, added to, and cast.
     adds = 2 * wide + wire
-    copied_back = copied_back + keys * (
-        (writes | merges) * 2 * wire * own_keys
+    copied_back += keys * (
+        (writes_back | merges) * (2 * wire * own_keys)
         + adds * (long_keys + full_keys)
-        + (2 * wire + cast) * gathered
+        + (2 * wire + cast) * copied_keys
     )
     alone = np.maximum(held.kept - long.sum(axis=0), 0)
     copied_back[0] += keys * (
         (3 * wire + 2 * wide) * held.kept + adds * (alone + held.sent) + (2 * wide + wire) * held.received
     )
-    return copied.astype(np.float64), copied_back.astype(np.float64)
+    return copied, copied_back

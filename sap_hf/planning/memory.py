@@ -112,11 +112,16 @@ def _forward(program: Program, width: _Widths) -> int:
     most = room + (own * width.query if _widens(program, width) else 0)
     held = 0
     for call in _attended(program, program.forward):
+        whole = held == 0 and _are_all(call.q, own)
         results = len(call.q.index) * (width.query + width.head)
+        if not program.merges and call.q.start is not None and not whole:
+            # The kernel writes its part in out, which is there before it runs.
+            results = len(call.q.index) * width.head
+            held = max(held, own * width.query)
         # What was gathered, and repeated of K and V, is gone when the kernel has returned.
         given = _gathered(call.q) * width.query + _gathered(call.k) * width.keys
         most = max(most, held + given + len(call.k.index) * width.repeated + results)
-        if held == 0 and call.q.start == 0 and len(call.q.index) == own:
+        if whole:
             # The part is the whole, or is widened to it.
             most = max(most, results + (own * width.wide_query if _widens(program, width) else 0))
         else:
@@ -150,17 +155,22 @@ def _backward(program: Program, width: _Widths) -> int:
     dq, dkv = of_query if program.merges else 0, 0
     for call in _attended(program, program.backward):
         part_q, part_keys = len(call.q.index) * width.query, len(call.k.index) * width.keys
+        # The part of all rows is the whole.
+        whole_q = dq == 0 and _are_all(call.q, program.rows)
+        whole_keys = dkv == 0 and _are_all(call.k, program.rows)
+        # Other parts of rows that lie together are written in the whole, which is there before the kernel runs.
+        if not program.merges and call.q.start is not None and not whole_q:
+            dq, part_q = of_query, 0
+        if call.local and call.k.start is not None and not whole_keys and not width.uneven:
+            dkv, part_keys = of_keys, 0
         given = _gathered(call.q) * (3 * width.query + width.head) + _gathered(call.k) * width.keys
-        most = max(most, dq + dkv + given + max(part_q + part_keys, _repeating(call, width)))
-        if dq == 0 and call.q.start == 0 and len(call.q.index) == program.rows:
-            # The part of all rows is dq.
+        most = max(most, dq + dkv + given + part_q + max(part_keys, _repeating(call, width)))
+        if whole_q:
             part_q = 0
         dq = of_query
         most = max(most, dq + dkv + part_q + part_keys + _adding(call, program, width))
         if call.local:
-            if dkv == 0 and call.k.start == 0 and len(call.k.index) == program.rows:
-                part_keys = 0
-            dkv = of_keys
+            dkv, part_keys = of_keys, 0 if whole_keys else part_keys
             most = max(most, dq + dkv + part_q + part_keys)
     for exchange in program.exchanges:
         if exchange.packed is not None:
@@ -173,13 +183,12 @@ def _backward(program: Program, width: _Widths) -> int:
 
 
 def _repeating(call: Call, width: _Widths) -> int:
-    """Bytes of dq, and of K, V, dK and dV with a head for each query head; the readers' dK and dV are summed."""
+    """Bytes of K, V, dK and dV with a head for each query head; the readers' dK and dV are summed."""
     if not width.uneven:
         return 0
     # When dV is summed there is dK; the sums are put together beside themselves. Later they are wide, but this is more.
     summing = 3 * width.wide_keys // 2
-    rows = width.repeated + max(width.repeated, summing)
-    return len(call.q.index) * width.query + len(call.k.index) * rows
+    return len(call.k.index) * (width.repeated + max(width.repeated, summing))
 
 
 def _adding(call: Call, program: Program, width: _Widths) -> int:
@@ -205,6 +214,11 @@ def _attended(program: Program, operations: tuple[Operation, ...]) -> list[Call]
 
 def _widens(program: Program, width: _Widths) -> bool:
     return program.merges and width.query < width.wide_query
+
+
+def _are_all(rows: Rows, count: int) -> bool:
+    """Whether these are the rank's `count` rows, in order."""
+    return rows.start == 0 and len(rows.index) == count
 
 
 def _gathered(rows: Rows) -> int:

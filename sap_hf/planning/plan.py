@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,11 +18,20 @@ from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.hardware import Hardware
 from sap_hf.planning.heads import head_seconds, rank_shapes
 from sap_hf.planning.layout import Layout, pairs_held, rows_held
-from sap_hf.planning.schedule import DESTINATION, START, STOP, Schedule, Step, sum_by
+from sap_hf.planning.schedule import DESTINATION, START, STOP, Bundle, Schedule, Step, sum_by
 from sap_hf.planning.wires import gather_link_seconds, wire_seconds
 
 Window = int | None
 Planner = Callable[[Documents, Layout, Window, int, bool], Schedule]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer of one window: its schedule, and where among other schedules it is weighed."""
+
+    schedule: Schedule
+    costs: cost.LayerCosts
+    number: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,9 +64,7 @@ class Plan:
     whole: bool = False
     max_remote_rows: int | None = None
     ulysses_size: int = 1
-    _schedules: dict[Window, tuple[Schedule, cost.Wires]] = dataclasses.field(
-        default_factory=dict, init=False, repr=False
-    )
+    _layers: dict[Window, Layer] = dataclasses.field(default_factory=dict, init=False, repr=False)
     # What the runtime derives from a plan (compiled programs, device tensors) lives as long as the plan.
     derived: dict[object, object] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -100,11 +107,17 @@ class Plan:
         Raises:
             ConfigError: no number of stages keeps to `max_remote_rows`.
         """
-        if window is not None and window >= int(self.documents.lengths.max()):
-            window = None
-        if window not in self._schedules:
-            self._schedules[window] = self._delivered(self._within_budget(window))
-        return self._schedules[window][0]
+        return self._layer(window).schedule
+
+    def _layer(self, window: Window) -> Layer:
+        window = self._seen(window)
+        if window not in self._layers:
+            _weigh([self], window)
+        return self._layers[window]
+
+    def _seen(self, window: Window) -> Window:
+        """None for a window that all documents fit in."""
+        return None if window is not None and window >= int(self.documents.lengths.max()) else window
 
     def _within_budget(self, window: Window) -> Schedule:
         """As many stages as asked for or, two of them held at a time, as `max_remote_rows` needs."""
@@ -125,21 +138,14 @@ class Plan:
             "  Raise max_remote_rows, or use strategy sap."
         )
 
-    def _delivered(self, made: Schedule) -> tuple[Schedule, cost.Wires]:
-        """Every stage with the delivery asked for, or with the one that takes least modelled time there and back."""
-        names: tuple[str, ...] = (self.delivery,)
-        if self.delivery == "auto":
-            # The collective gathers over the whole cp group, not over the ranks that compute the same heads.
-            whole = self.strategy == "all_gather" and self.ulysses_size == 1
-            names = ("p2p", "all_to_all", *(("all_gather",) if whole else ()))
-        groups = self.placement.cp_size
-        wires = wire_seconds(made, names, groups, self.outer_shape, self.outer_hardware)
-        delivery = iter(wires.deliveries)
-        steps = tuple(
-            Step(step.transfers, step.tiles, next(delivery)) if len(step.transfers) else step
-            for step in made.steps
-        )
-        return dataclasses.replace(made, steps=steps), wires
+    @property
+    def _ways(self) -> tuple[str, ...]:
+        """The deliveries that each stage is weighed with."""
+        if self.delivery != "auto":
+            return (self.delivery,)
+        # The collective gathers over the whole cp group, not over the ranks that compute the same heads.
+        gathers = self.strategy == "all_gather" and self.ulysses_size == 1
+        return ("p2p", "all_to_all", *(("all_gather",) if gathers else ()))
 
     @property
     def deliveries(self) -> tuple[str, ...]:
@@ -191,42 +197,22 @@ class Plan:
         return self.documents.rows * (self.cp_size - 1)
 
     @functools.cached_property
-    def _costs(self) -> list[tuple[int, cost.LayerCost]]:
-        """The number of layers of each window, and what one of them costs."""
-        costs = []
-        for window, count in self.windows.items():
-            schedule = self.schedule(window)
-            _, wires = self._schedules[schedule.window]
-            costs.append((count, cost.LayerCost(schedule, wires, self.outer_shape, self.hardware)))
-        return costs
-
-    @functools.cached_property
     def layer_seconds(self) -> cost.Seconds:
         """(W,) modelled seconds of all layers in `windows`, forward and backward, compute and waiting."""
-        layers = [(count, layer.seconds()) for count, layer in self._costs]
-        total = cost.Seconds(
-            *(
-                self._of_all([(count, getattr(layer, field.name)) for count, layer in layers])
-                for field in dataclasses.fields(cost.Seconds)
-            )
-        )
-        if self.ulysses_size == 1:
-            return total
-        heads = self._layers * self._head_seconds
-        return dataclasses.replace(
-            total,
-            forward_exposed=total.forward_exposed + heads,
-            backward_exposed=total.backward_exposed + heads,
-        )
+        seconds = self._of_all([layer.costs.seconds[:, layer.number] for layer in self._all])
+        if self.ulysses_size > 1:
+            seconds[1::2] += sum(self.windows.values()) * self._head_seconds
+        return cost.Seconds(*seconds)
 
     @property
-    def _layers(self) -> int:
-        return sum(self.windows.values())
+    def _all(self) -> list[Layer]:
+        """The layer of each window."""
+        return [self._layer(window) for window in self.windows]
 
-    def _of_all(self, layers: list[tuple[int, cost.Float64]]) -> cost.Float64:
-        """(W,) of (groups,) of one layer, and how many there are of it."""
-        groups = self.placement.cp_size
-        return np.repeat(sum((count * each for count, each in layers), np.zeros(groups)), self.ulysses_size)
+    def _of_all(self, layers: list[cost.Float64]) -> cost.Float64:
+        """(..., W) over all layers of (..., groups) of one layer of each window."""
+        total: cost.Float64 = sum(count * layer for count, layer in zip(self.windows.values(), layers))  # type: ignore[assignment]
+        return np.repeat(total, self.ulysses_size, axis=-1)
 
     @functools.cached_property
     def _head_seconds(self) -> cost.Float64:
@@ -256,17 +242,15 @@ class Plan:
         return self._kernel_seconds(share, rows)
 
     def _kernel_seconds(self, pairs: Int64, rows: Int64) -> float:
-        seconds = cost.kernel_seconds(pairs, rows, self._layers, self.outer_shape, self.hardware)
-        return float(seconds.max()) + 2 * self._layers * float(self._head_seconds.max())
+        layers = sum(self.windows.values())
+        seconds = cost.kernel_seconds(pairs, rows, layers, self.outer_shape, self.hardware)
+        return float(seconds.max()) + 2 * layers * float(self._head_seconds.max())
 
-    def least_seconds(self, in_parts: bool = False) -> float:
-        """What the same placement takes at least, in however many stages the same rows arrive.
-
-        Args:
-            in_parts: where queries that are whole in this plan would read their keys in parts.
-        """
-        least = self._of_all([(count, layer.least(in_parts)) for count, layer in self._costs])
-        heads = 2 * self._layers * self._head_seconds if self.ulysses_size > 1 else 0.0
+    @property
+    def least_seconds(self) -> float:
+        """What the same placement takes at least, in however many stages the same rows arrive."""
+        least = self._of_all([layer.costs.least[layer.number] for layer in self._all])
+        heads = 2 * sum(self.windows.values()) * self._head_seconds if self.ulysses_size > 1 else 0.0
         return float((least + heads).max())
 
     @property
@@ -274,10 +258,8 @@ class Plan:
         """Whether a collective could bring every row to every rank, and dK/dV home, in less time than the rows take."""
         held = rows_held(self.documents, self.placement)
         there, home = gather_link_seconds(held, self.outer_shape, self.outer_hardware)
-        taken = (self._schedules[self.schedule(window).window][1] for window in self.windows)
-        return any(
-            (there + home).max() < (wires.there.sum(axis=0) + wires.back.sum(axis=0)).max() for wires in taken
-        )
+        taken = (layer.costs.wires.seconds[layer.number] for layer in self._all)
+        return any((there + home).max() < seconds.max() for seconds in taken)
 
     @functools.cached_property
     def peak_bytes(self) -> int:
@@ -316,6 +298,30 @@ class Plan:
         from sap_hf.planning.render import picture
 
         return picture(self)
+
+
+def weigh(plans: Sequence[Plan]) -> None:
+    """Derive what plans of one placement, strategy and delivery are compared by: all at once takes little longer.
+
+    Raises:
+        ConfigError: no number of stages keeps to `max_remote_rows`.
+    """
+    for window in dict.fromkeys(map(plans[0]._seen, plans[0].windows)):
+        _weigh(plans, window)
+
+
+def _weigh(plans: Sequence[Plan], window: Window) -> None:
+    first = plans[0]
+    bundle = Bundle.of([plan._within_budget(window) for plan in plans], first.placement.cp_size)
+    wires = wire_seconds(bundle, first._ways, first.outer_shape, first.outer_hardware)
+    costs = cost.LayerCosts(bundle, wires, first.outer_shape, first.hardware)
+    for number, (plan, made) in enumerate(zip(plans, bundle.schedules)):
+        names = iter(wires.deliveries[number])
+        steps = [
+            Step(step.transfers, step.tiles, next(names)) if len(step.transfers) else step
+            for step in made.steps
+        ]
+        plan._layers[window] = Layer(dataclasses.replace(made, steps=tuple(steps)), costs, number)
 
 
 # Candidates are many, machines few.

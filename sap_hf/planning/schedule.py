@@ -8,6 +8,7 @@ hash of its bytes is its identity.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,50 @@ class Schedule:
         """(W,) int64 query-key pairs computed on each rank."""
         tiles = self.tiles
         return sum_by(tiles[:, RANK], tile_pairs(tiles, self.window), cp_size)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bundle:
+    """V schedules of the same ranks and window as one array, so that all of them are weighed at once.
+
+    Attributes:
+        stages: S, of the schedule that has most.
+        tiles: (5, m) columns of all tiles. tile_number, tile_step: (m,) the schedule of each, and its step: 0 receives
+            nothing, i + 1 is stage i.
+        transfers: (4, n) columns of all transfers. transfer_number, transfer_step: (n,) alike.
+    """
+
+    schedules: tuple[Schedule, ...]
+    cp_size: int
+    stages: int
+    tiles: Int64
+    tile_number: Int64
+    tile_step: Int64
+    transfers: Int64
+    transfer_number: Int64
+    transfer_step: Int64
+
+    @classmethod
+    def of(cls, schedules: Sequence[Schedule], cp_size: int) -> Bundle:
+        """The tiles and transfers of all schedules, one behind the other."""
+        steps, numbers, places = [], [], []
+        for number, schedule in enumerate(schedules):
+            stage = 0
+            for step in schedule.steps:
+                stage += len(step.transfers) > 0
+                steps.append(step)
+                numbers.append(number)
+                places.append(stage if len(step.transfers) else 0)
+        columns = []
+        for parts in ([step.tiles for step in steps], [step.transfers for step in steps]):
+            which = np.repeat(np.array((numbers, places)), [len(part) for part in parts], axis=1)
+            columns += [np.ascontiguousarray(np.concatenate(parts).T), *which]
+        return cls(tuple(schedules), cp_size, max(places), *columns)
+
+    @property
+    def window(self) -> int | None:
+        """Of all schedules."""
+        return self.schedules[0].window
 
 
 def sum_by(index: Int64, amount: Int64, size: int) -> Int64:

@@ -1,6 +1,6 @@
-"""Wires: how long the rows of a schedule travel, by each delivery.
+"""Wires: how long the rows of schedules travel, by each delivery.
 
-(Schedule, Shape, Hardware) -> Wires. It decides between deliveries, so it is the same to the last bit on every rank.
+(Bundle, Shape, Hardware) -> Wires. It decides between deliveries, so it is the same to the last bit on every rank.
 """
 
 from __future__ import annotations
@@ -12,47 +12,45 @@ import numpy as np
 from sap_hf.planning.cost import Float64, Shape, Wires
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.hardware import Hardware
-from sap_hf.planning.schedule import Schedule, sum_by
+from sap_hf.planning.schedule import Bundle, sum_by
 
 
-def wire_seconds(
-    schedule: Schedule, names: Sequence[str], cp_size: int, shape: Shape, hardware: Hardware
-) -> Wires:
+def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: Hardware) -> Wires:
     """Each stage by the delivery among `names` that takes least there and back, the earlier one on a tie.
 
     Inside the node and between nodes different links carry the rows, at the same time. An all-gather brings every row
     to a node once, spread over its ranks, its own ones too (NCCL's and gloo's ring); dK/dV come home by an all-to-all.
     """
-    steps = [step.transfers for step in schedule.steps if len(step.transfers)]
-    stages, node = len(steps), hardware.ranks_per_node
+    cp_size, stages, node = bundle.cp_size, bundle.stages, hardware.ranks_per_node
+    # [stage, schedule, rank]
+    each = (stages, len(bundle.schedules), cp_size)
+    size = stages * each[1] * cp_size
     if not stages:
-        none = np.zeros((0, cp_size))
-        return Wires((), none, none, np.zeros(cp_size))
-    source, destination, start, stop = np.concatenate(steps).T
-    stage = np.repeat(np.arange(stages), [len(transfers) for transfers in steps])
+        none = np.zeros(each)
+        return Wires(((),) * each[1], none, none, np.zeros(each[1:]))
+    source, destination, start, stop = bundle.transfers
     amount = (stop - start) * shape.bytes_per_row
-    # [inside or outside the node, stage, rank]
-    at = ((source // node != destination // node) * stages + stage) * cp_size
+    at = ((bundle.transfer_step - 1) * each[1] + bundle.transfer_number) * cp_size
+    sender, receiver = at + source, at + destination
+    # [inside or outside the node, ...]
+    outside = (source // node != destination // node) * size
     sent, received = (
-        sum_by(at + rank, amount, 2 * stages * cp_size).reshape(2, stages, cp_size)
-        for rank in (source, destination)
+        sum_by(outside + rank, amount, 2 * size).reshape(2, *each) for rank in (sender, receiver)
     )
     busiest = np.maximum(sent, received)
     link = link_seconds(busiest[0], sent[1], received[1], hardware)
-    messages = [
-        np.bincount(stage * cp_size + rank, minlength=stages * cp_size) for rank in (source, destination)
-    ]
-    peers = np.zeros((stages, cp_size, cp_size), bool)
-    peers[stage, source, destination] = True
     ways: list[tuple[Float64, Float64]] = []
     for name in names:
         if name == "p2p":
-            way = _started(link, np.maximum(*messages).reshape(stages, cp_size), hardware)
+            messages = [np.bincount(rank, minlength=size) for rank in (sender, receiver)]
+            way = _started(link, np.maximum(*messages).reshape(each), hardware)
             ways.append((way, way))
             continue
+        peers = np.zeros((*each, cp_size), bool)
+        peers.reshape(size, cp_size)[sender, destination] = True
         # Rows of many places are read and written once more, to lie together when they are sent. Their gradients do.
-        count = np.maximum(peers.sum(axis=1), peers.sum(axis=2))
-        packed = (sent * 2).sum(axis=0) / hardware.copy_bytes_per_s
+        count = np.maximum(peers.sum(axis=-1), peers.sum(axis=-2))
+        packed = sent.sum(axis=0) * 2 / hardware.copy_bytes_per_s
         there, back = (_started(link + first, count, hardware) for first in (packed, 0))
         if name == "all_gather":
             ranks = min(node, cp_size)
@@ -60,19 +58,21 @@ def wire_seconds(
             total = busiest.sum(axis=0)
             near, far = (total * (ranks - 1) // ranks, total // ranks) if node < cp_size else busiest
             hops = ranks + cp_size // ranks - 2
-            there = (
-                link_seconds(near, far, far, hardware)
-                + hardware.step_seconds
-                + hops * hardware.message_seconds
-            )
+            there = link_seconds(near, far, far, hardware) + hardware.step_seconds
+            there = (there + hops * hardware.message_seconds) * (count.max(axis=-1, keepdims=True) > 0)
         ways.append((there, back))
-    whole = sent.sum(axis=1), received.sum(axis=1)
-    best = np.argmin([there.max(axis=1) + back.max(axis=1) for there, back in ways], axis=0).tolist()
+    best = np.array([there.max(axis=-1) + back.max(axis=-1) for there, back in ways]).argmin(axis=0)
+    there, back = (np.choose(best[..., None], way) for way in zip(*ways))
+    all_sent, all_received = sent.sum(axis=1), received.sum(axis=1)
+    inside = np.maximum(all_sent[0], all_received[0])
     return Wires(
-        tuple(names[way] for way in best),
-        np.stack([ways[way][0][i] for i, way in enumerate(best)]),
-        np.stack([ways[way][1][i] for i, way in enumerate(best)]),
-        link_seconds(np.maximum(*whole)[0], whole[0][1], whole[1][1], hardware),
+        tuple(
+            tuple(names[way] for way in best[: of.stages, number].tolist())
+            for number, of in enumerate(bundle.schedules)
+        ),
+        there,
+        back,
+        link_seconds(inside, all_sent[1], all_received[1], hardware),
     )
 
 
@@ -101,6 +101,8 @@ def link_seconds(
     Both travel at the same time, and in both directions. Ranks of one node share its way to other nodes.
     """
     ranks, node = inside.shape[-1], hardware.ranks_per_node
+    if node >= ranks:
+        return inside / hardware.node_bytes_per_s
     first = np.arange(0, ranks, node)
     of_node = (np.add.reduceat(way, first, axis=-1) for way in (sent, received))
     shared = np.repeat(np.maximum(*of_node), np.diff(first, append=ranks), axis=-1)

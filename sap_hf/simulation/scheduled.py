@@ -23,6 +23,7 @@ from sap_hf.planning.schedule import (
     SOURCE,
     START,
     STOP,
+    Bundle,
     Schedule,
     Step,
     is_full,
@@ -112,12 +113,8 @@ def planned(plan: Plan) -> Load:
 def executed(schedule: Schedule, ranks: int, shape: Shape, node: int, kernel: Kernel = FA3) -> Load:
     """`load` with everything that `runtime.attention` copies around the kernels."""
     made = load(schedule, ranks, shape, node, kernel)
-    receives = np.array([len(step.transfers) > 0 for step in schedule.steps])
-    # Local steps are stage 0 here.
-    stage = np.cumsum(receives)
-    copied, copied_back = np.zeros((2, *made.rows.shape))
-    for of, per_step in zip((copied, copied_back), copied_bytes(tile_rows(schedule, ranks), shape)):
-        np.add.at(of, stage, per_step)
+    held = tile_rows(Bundle.of([schedule], ranks))
+    copied, copied_back = (copies[:, 0].astype(np.float64) for copies in copied_bytes(held, shape))
     # What it packs before dK/dV leave is among its copies.
     back = dataclasses.replace(made.back, packed=np.zeros_like(made.back.packed))
     return dataclasses.replace(made, merged=False, back=back, copied=copied, copied_back=copied_back)

@@ -19,6 +19,7 @@ from sap_hf.errors import ConfigError
 from sap_hf.planning.cost import Float64, Shape
 from sap_hf.planning.documents import Documents
 from sap_hf.planning.hardware import Hardware, find_hardware
+from sap_hf.planning.heads import rank_shapes
 from sap_hf.planning.plan import Plan
 from sap_hf.planning.workloads import pack
 from sap_hf.simulation.compare import OURS
@@ -264,10 +265,21 @@ def _bytes(plan: Plan, model: Model, training: Training) -> dict[str, int]:
     rows, shard = plan.rows_per_rank, -(-model.parameters // shards)
     # bfloat16 copies of the root and of two layers, gradients of the root and of one layer.
     gathered = 2 * (2 * 2 * model.head_parameters + 3 * model.layer_parameters)
-    out = rows * (2 * model.query + 4 * model.num_heads)
-    # What one layer's backward reads: both norms' float32 input, scaled input and result; q, k, v; out and lse;
-    # gate, silu, up and their product.
-    kept = rows * (16 * model.hidden + 2 * (model.query + 2 * model.key) + 8 * model.mlp) + out
+    # What attention's backward reads: q, k, v, out and lse of its own heads, for all rows of those that exchange them.
+    its = max(
+        rank_shapes(plan.shape, plan.ulysses_size), key=lambda its: its.num_heads + 2 * its.num_kv_heads
+    )
+    attended = rows * plan.ulysses_size
+    out = attended * its.num_heads * (2 * model.head_dim + 4)
+    qkv = attended * (its.num_heads + 2 * its.num_kv_heads) * 2 * model.head_dim
+    # The output projection's backward reads out of the rank's own rows: another tensor where heads travel. There
+    # peak_bytes holds what attention reads, too.
+    projected, again = 0, 0
+    if plan.ulysses_size > 1:
+        projected, again = 2 * rows * model.query, qkv + attended * its.num_heads * 2 * model.head_dim
+    # What one layer's backward reads: both norms' float32 input, scaled input and result; attention's; out; gate, silu,
+    # up and their product.
+    kept = rows * (16 * model.hidden + 8 * model.mlp) + qkv + out + projected
     boundary = 2 * rows * model.hidden + out
     return {
         "parameters": 4 * shard,
@@ -275,7 +287,7 @@ def _bytes(plan: Plan, model: Model, training: Training) -> dict[str, int]:
         "optimizer": 8 * shard,
         "gathered": gathered if shards > 1 else 0,
         "activations": model.layers * (boundary if checkpointing else kept),
-        "attention": plan.peak_bytes,
+        "attention": plan.peak_bytes - again,
         "layer": kept if checkpointing else 0,
         # bfloat16 logits, their float32 copy and gradient.
         "logits": min(rows, LOSS_ROWS) * model.vocabulary * (2 + 4 + 4),

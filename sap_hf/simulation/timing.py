@@ -237,14 +237,12 @@ class Load:
         if self.pace == "own":
             # Stage 0 is local.
             forward, backward = in_stages(
-                busy,
-                busy_back,
-                there[1:],
-                back[1:],
+                *(of[:, None] for of in (busy, busy_back, there[1:], back[1:])),
                 contention=taken,
-                slots=self.slots,
-                whole=self.whole,
+                slots=np.array([min(self.slots or len(busy), len(busy))]),
+                whole=np.array([self.whole]),
             )
+            forward, backward = forward[0], backward[0]
         else:
             forward, backward = _PACES[self.pace](busy, busy_back, there, back, taken)
         heads = 0.0 if self.heads is None else self.heads.seconds(hardware).sum(axis=0)

@@ -24,7 +24,7 @@ from sap_hf.planning.hardware import PRESETS, Hardware, find_hardware
 from sap_hf.planning.heads import split_heads
 from sap_hf.planning.layout import LAYOUTS as MAKERS
 from sap_hf.planning.layout import Layout, contiguous, pairs_upto
-from sap_hf.planning.plan import Plan, Planner, Window
+from sap_hf.planning.plan import Plan, Planner, Window, weigh
 from sap_hf.strategies.all_gather import all_gather
 from sap_hf.strategies.ring import ring
 from sap_hf.strategies.sap import sap
@@ -238,7 +238,7 @@ def tree(request: Request) -> Branch:
     def varied(made: Plan) -> Iterator[Plan | Branch]:
         # Among groups nothing is gathered by a collective: it would be the same messages, and more of them.
         gathers = strategy == "auto" and made.max_remote_rows is None and made.ulysses_size == 1
-        return _variants(dataclasses.replace(made, whole=True), gathers)
+        return _variants(made, gathers)
 
     return Branch(0.0, lambda: map(of_size, sizes))
 
@@ -279,27 +279,34 @@ def degrees(cp_size: int, ulysses_size: int | str, strategy: str, delivery: str,
     return [size]
 
 
-def _variants(form: Plan, gathers: bool) -> Iterator[Plan | Branch]:
-    """The plan and, where a rank waits for rows in it, the same placement in more stages and as an all-gather.
+def _variants(made: Plan, gathers: bool) -> Iterator[Plan | Branch]:
+    """The placement with every query whole and with its keys in parts, in one stage or more, and as an all-gather.
 
-    First with every query whole, then with its keys in parts, of which the local ones hide the way of the others.
+    The local ones of its parts hide the way of the others.
     """
-    yield form
-    if form.seconds <= (1 + WAITING) * form.busy_seconds:
+    whole = [dataclasses.replace(made, whole=True)]
+    parts = [dataclasses.replace(made, whole=False)] if None in made.windows else []
+    if made.placement.cp_size == 1 or made.strategy not in ("sap", "all_gather"):
+        yield from _weighed(whole)
         return
-    if form.strategy == "sap":
-        yield Branch(
-            form.least_seconds(),
-            lambda: (dataclasses.replace(form, stages=stages) for stages in STAGES[form.whole]),
+    finer = [dataclasses.replace(made, whole=True, stages=stages) for stages in STAGES[True]]
+    first = _weighed(whole + (finer if made.strategy == "sap" else []) + parts)
+    yield from first
+    waits = [form for form in first if form.seconds > (1 + WAITING) * form.busy_seconds]
+    if gathers and any(form.gathers_faster for form in waits):
+        yield from _weighed(
+            [dataclasses.replace(form, strategy="all_gather", planner=all_gather) for form in whole + parts]
         )
-    gathers = gathers and form.gathers_faster
-    if gathers:
-        yield dataclasses.replace(form, strategy="all_gather", planner=all_gather)
-    if form.whole and form.strategy in ("sap", "all_gather") and None in form.windows:
+    if made.strategy == "sap" and parts and parts[0] in waits:
         yield Branch(
-            0.0 if gathers else form.least_seconds(in_parts=True),
-            lambda: _variants(dataclasses.replace(form, whole=False), gathers),
+            parts[0].least_seconds,
+            lambda: _weighed([dataclasses.replace(parts[0], stages=stages) for stages in STAGES[False]]),
         )
+
+
+def _weighed(plans: list[Plan]) -> list[Plan]:
+    weigh(plans)
+    return plans
 
 
 def placements(

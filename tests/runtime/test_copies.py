@@ -10,7 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import sap_hf
+from sap_hf.kernels import NOWHERE
+from sap_hf.kernels.interface import space
 from sap_hf.planning import cost
+from sap_hf.planning.schedule import Bundle
 from sap_hf.planning.workloads import pack
 from sap_hf.runtime import transport
 from sap_hf.runtime.transport import Pending, Transport
@@ -70,15 +73,15 @@ class Nowhere(Transport):
 
 
 class Hollow:
-    """A kernel that returns what kernels return, which nobody counts."""
+    """A kernel that returns what kernels return, in its place; nobody counts what it writes."""
 
-    def forward(self, q, k, v, segments, **options):
+    def forward(self, q, k, v, segments, scoring, place=None):
         with _disable_current_modes():
-            return q.new_zeros(len(q), q.shape[1], v.shape[2]), q.new_zeros(q.shape[:2], dtype=torch.float32)
+            return space(place, q, v.shape[2], zeros=True), q.new_zeros(q.shape[:2], dtype=torch.float32)
 
-    def backward(self, dout, q, k, v, out, lse, segments, **options):
+    def backward(self, dout, q, k, v, out, lse, segments, scoring, places=NOWHERE):
         with _disable_current_modes():
-            return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+            return tuple(space(place, x, zeros=True) for place, x in zip(places, (q, k, v)))
 
 
 def counted(plan, rank):
@@ -127,9 +130,8 @@ def test_the_model_counts_what_operators_move(name, layout, whole, bytes_per_ele
     )
     plan = dataclasses.replace(plan, whole=whole, stages=1)
     schedule = plan.schedule(None)
-    modelled = [
-        copied.sum(axis=0) for copied in cost.copied_bytes(cost.tile_rows(schedule, WORLD), plan.shape)
-    ]
+    held = cost.tile_rows(Bundle.of([schedule], WORLD))
+    modelled = [copied.sum(axis=0)[0] for copied in cost.copied_bytes(held, plan.shape)]
     found = np.array([counted(plan, rank) for rank in range(WORLD)]).T
     for model, real in zip(modelled, found):
         if layout == "contiguous":
