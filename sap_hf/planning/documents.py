@@ -6,6 +6,7 @@ cu_seqlens, lengths or resetting position_ids -> Documents. numpy only; no ranks
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -97,7 +98,7 @@ class Documents:
         """T, the rows of all documents."""
         return int(self.cu_seqlens[-1])
 
-    @property
+    @functools.cached_property
     def lengths(self) -> Int64:
         """(N,) rows of each document."""
         return np.diff(self.cu_seqlens)

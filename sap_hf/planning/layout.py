@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -124,19 +124,20 @@ def rows_held(documents: Documents, layout: Layout) -> Int64:
     return sum_by(rank, np.maximum(np.minimum(stop, documents.rows) - start, 0), layout.cp_size)
 
 
-def pairs_held(documents: Documents, layout: Layout, windows: Mapping[int | None, int]) -> Int64:
-    """(W,) query-key pairs of the rows that each rank holds, over all layers of {window: number of layers}."""
-    lengths = documents.lengths
-    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(pairs_upto(lengths, windows))])
+def work_held(
+    documents: Documents, layouts: Sequence[Layout], windows: Mapping[int | None, int]
+) -> tuple[Int64, Int64]:
+    """(n, W) query-key pairs over all layers of {window: number of layers}, and rows, that ranks hold in n layouts."""
+    lengths, ranks = documents.lengths, layouts[0].cp_size
+    segments = np.concatenate([layout.segments for layout in layouts])
+    rank = segments[:, 0] + ranks * np.repeat(np.arange(len(layouts)), [len(of.segments) for of in layouts])
     # Pairs of all rows of the pack up to the borders of the segments; padding has none.
-    rank, *borders = layout.segments.T
-    borders = [np.minimum(border, documents.rows) for border in borders]
-    documents_of = [np.minimum(documents.index_of(border), len(lengths) - 1) for border in borders]
-    first, last = (
-        before[document] + pairs_upto(border - documents.cu_seqlens[document], windows)
-        for document, border in zip(documents_of, borders)
-    )
-    return sum_by(rank, last - first, layout.cp_size)
+    borders = np.minimum(segments[:, 1:], documents.rows)
+    document = np.minimum(documents.index_of(borders), len(lengths) - 1)
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(pairs_upto(lengths, windows))])
+    upto = before[document] + pairs_upto(borders - documents.cu_seqlens[document], windows)
+    pairs, rows = (sum_by(rank, of[:, 1] - of[:, 0], ranks * len(layouts)) for of in (upto, borders))
+    return pairs.reshape(-1, ranks), rows.reshape(-1, ranks)
 
 
 def pairs_upto(rows: Int64, windows: Mapping[int | None, int]) -> Int64:

@@ -17,7 +17,7 @@ from sap_hf.planning import cost
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.hardware import Hardware
 from sap_hf.planning.heads import head_seconds, rank_shapes
-from sap_hf.planning.layout import Layout, pairs_held, rows_held
+from sap_hf.planning.layout import Layout, rows_held, work_held
 from sap_hf.planning.schedule import DESTINATION, START, STOP, Bundle, Schedule, Step, sum_by
 from sap_hf.planning.wires import gather_link_seconds, wire_seconds
 
@@ -230,12 +230,6 @@ class Plan:
         """Of these, what the busiest rank computes: no stages and no delivery can be faster."""
         return float((self.layer_seconds.forward + self.layer_seconds.backward).max())
 
-    @functools.cached_property
-    def kernel_seconds(self) -> float:
-        """Of these, the kernels alone on the busiest rank: no schedule of the same placement can be faster."""
-        pairs = pairs_held(self.documents, self.placement, self.windows)
-        return self._kernel_seconds(pairs, rows_held(self.documents, self.placement))
-
     def even_seconds(self, pairs: int) -> float:
         """What `pairs` in all take at least, however evenly they are placed."""
         share, rows = (np.array([of // self.placement.cp_size]) for of in (pairs, self.documents.rows))
@@ -298,6 +292,12 @@ class Plan:
         from sap_hf.planning.render import picture
 
         return picture(self)
+
+
+def kernel_seconds(plans: Sequence[Plan]) -> list[float]:
+    """Of plans that differ in placement, the kernels alone on the busiest rank: no schedule is faster."""
+    work = work_held(plans[0].documents, [plan.placement for plan in plans], plans[0].windows)
+    return [plan._kernel_seconds(pairs, rows) for plan, pairs, rows in zip(plans, *work)]
 
 
 def weigh(plans: Sequence[Plan]) -> None:

@@ -46,10 +46,12 @@ def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: H
             way = _started(link, np.maximum(*messages).reshape(each), hardware)
             ways.append((way, way))
             continue
-        peers = np.zeros((*each, cp_size), bool)
-        peers.reshape(size, cp_size)[sender, destination] = True
         # Rows of many places are read and written once more, to lie together when they are sent. Their gradients do.
-        count = np.maximum(peers.sum(axis=-1), peers.sum(axis=-2))
+        peers = np.zeros(size * cp_size, bool)
+        peers[sender * cp_size + destination] = True
+        sends, to = np.divmod(peers.nonzero()[0], cp_size)
+        receives = sends // cp_size * cp_size + to
+        count = np.maximum(*(np.bincount(of, minlength=size) for of in (sends, receives))).reshape(each)
         packed = sent.sum(axis=0) * 2 / hardware.copy_bytes_per_s
         there, back = (_started(link + first, count, hardware) for first in (packed, 0))
         if name == "all_gather":

@@ -24,7 +24,7 @@ from sap_hf.planning.hardware import PRESETS, Hardware, find_hardware
 from sap_hf.planning.heads import split_heads
 from sap_hf.planning.layout import LAYOUTS as MAKERS
 from sap_hf.planning.layout import Layout, contiguous, pairs_upto
-from sap_hf.planning.plan import Plan, Planner, Window, weigh
+from sap_hf.planning.plan import Plan, Planner, Window, kernel_seconds, weigh
 from sap_hf.strategies.all_gather import all_gather
 from sap_hf.strategies.ring import ring
 from sap_hf.strategies.sap import sap
@@ -232,8 +232,9 @@ def tree(request: Request) -> Branch:
             planned(size, layout) for layout in placements(documents, groups, request.layout, windows, size)
         ]
         # The most even first: its time is the least that is known before a schedule is made.
-        for made in sorted(weighed, key=lambda made: made.kernel_seconds):
-            yield Branch(made.kernel_seconds, functools.partial(varied, made))
+        least = kernel_seconds(weighed)
+        for number in sorted(range(len(weighed)), key=least.__getitem__):
+            yield Branch(least[number], functools.partial(varied, weighed[number]))
 
     def varied(made: Plan) -> Iterator[Plan | Branch]:
         # Among groups nothing is gathered by a collective: it would be the same messages, and more of them.
@@ -293,7 +294,7 @@ def _variants(made: Plan, gathers: bool) -> Iterator[Plan | Branch]:
     first = _weighed(whole + (finer if made.strategy == "sap" else []) + parts)
     yield from first
     waits = [form for form in first if form.seconds > (1 + WAITING) * form.busy_seconds]
-    if gathers and any(form.gathers_faster for form in waits):
+    if gathers and waits and waits[0].gathers_faster:
         yield from _weighed(
             [dataclasses.replace(form, strategy="all_gather", planner=all_gather) for form in whole + parts]
         )

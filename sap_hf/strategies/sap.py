@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.layout import Layout, Pieces, cut
@@ -39,7 +40,7 @@ def sap(
     """
     pieces = cut(documents, layout)
     local, remote, needed, group = tiles(documents, pieces, window, whole)
-    transfers, which = _transfers(documents, pieces, window, whole)
+    transfers, which = _transfers(documents, pieces, window)
     if stages == 1 or not len(needed):
         steps = [Step(transfers, remote)]
     elif window is None and not whole:
@@ -55,7 +56,8 @@ def _stages(transfers: Int64, remote: Int64, cp_size: int, stages: int) -> list[
     """Cut transfers so that every reader receives in `stages` equal parts, and the tiles that read them alike."""
     source, destination, start, stop = transfers.T
     near = destination * cp_size + (destination - source) % cp_size
-    order = np.argsort(near * (int(start.max()) + 1) + start, kind="stable")
+    # No two are equal, here and in `split`: any sort will do.
+    order = np.argsort(near * (int(start.max()) + 1) + start)
     source, destination, start, stop = transfers.T.take(order, axis=1)
     upto, total = _running(destination, stop - start, cp_size)
     part = np.maximum(-(-total // stages), 1)[destination]
@@ -81,7 +83,7 @@ def split(sent: Int64, stage: Int64, remote: Int64, stages: int) -> list[Step]:
     reader, low, high = sent[:, DESTINATION], sent[:, START], sent[:, STOP]
     scale = int(max(high.max(initial=0), remote[:, K_STOP].max(initial=0))) + 1
     at, end = reader * scale + low, reader * scale + high
-    order = np.argsort(at, kind="stable")
+    order = np.argsort(at)
     at, end, when = at[order], end[order], stage[order]
     new = np.ones(len(order), bool)
     new[1:] = (at[1:] != end[:-1]) | (when[1:] != when[:-1])
@@ -145,31 +147,34 @@ def tiles(
 
 
 def _causal_tiles(documents: Documents, mine: Pieces) -> tuple[Int64, Int64, Int64, tuple[Int64, Int64]]:
-    first, group = _groups(mine)
-    # The gap before a piece: rows of its document, after the rank's previous piece, that other ranks hold.
-    previous_stop = np.where(first, documents.cu_seqlens[mine.document], np.roll(mine.stop, 1))
-    gap = np.stack([mine.rank, previous_stop, mine.start], axis=1)
+    _, group, gap, some = _gaps(documents, mine)
     # Piece i of a group reads pieces and gaps j <= i of the same group.
     q, k = _lower_pairs(group)
     ranges = [mine.rank[q], mine.start[q], mine.stop[q]]
     local = np.stack([*ranges, mine.start[k], mine.stop[k]], axis=1)
     remote = np.stack([*ranges, gap[k, 1], gap[k, 2]], axis=1)
-    some = gap[:, 2] > gap[:, 1]
     return local, remote[some[k]], gap[some], (group[q][some[k]], group[some])
 
 
 def _whole_tiles(documents: Documents, mine: Pieces) -> tuple[Int64, Int64, Int64, tuple[Int64, Int64]]:
-    first, group = _groups(mine)
+    first, group, gap, some = _gaps(documents, mine)
     begin = documents.cu_seqlens[mine.document]
-    previous_stop = np.where(first, begin, np.roll(mine.stop, 1))
-    some = mine.start > previous_stop
-    needed = np.stack([mine.rank, previous_stop, mine.start], axis=1)[some]
     made = np.stack([mine.rank, mine.start, mine.stop, begin, mine.stop], axis=1)
     # Ranges that the pieces up to this one, and those before its group, need.
     upto = np.cumsum(some)
     before: Int64 = (upto - some)[first][group]
     reads = upto > before
-    return made[~reads], made[reads], needed, (upto[reads] - 1, np.arange(len(needed)))
+    return made[~reads], made[reads], gap[some], (upto[reads] - 1, np.arange(int(some.sum())))
+
+
+def _gaps(documents: Documents, mine: Pieces) -> tuple[NDArray[np.bool_], Int64, Int64, NDArray[np.bool_]]:
+    """`_groups`, and (n, 3) the gap before each piece, with those that are not empty.
+
+    A gap has the rows of the piece's document, after the rank's previous piece, that other ranks hold.
+    """
+    first, group = _groups(mine)
+    previous_stop = np.where(first, documents.cu_seqlens[mine.document], np.roll(mine.stop, 1))
+    return first, group, np.stack([mine.rank, previous_stop, mine.start], axis=1), mine.start > previous_stop
 
 
 def _window_tiles(
@@ -189,7 +194,7 @@ def _window_tiles(
     return local[mine.stop > head], remote[reads], needed[some], (group[reads], group[some])
 
 
-def _groups(mine: Pieces) -> tuple[Int64, Int64]:
+def _groups(mine: Pieces) -> tuple[NDArray[np.bool_], Int64]:
     """Whether a piece is the first of its (rank, document), and the index of that group."""
     first = np.ones(len(mine.rank), bool)
     first[1:] = (np.diff(mine.rank) != 0) | (np.diff(mine.document) != 0)
@@ -208,9 +213,9 @@ def _lower_pairs(group: Int64) -> tuple[Int64, Int64]:
 
 
 @functools.lru_cache(maxsize=16)
-def _transfers(documents: Documents, pieces: Pieces, window: int | None, whole: bool) -> tuple[Int64, Int64]:
-    """The transfers of all that `tiles` need, in however many stages."""
-    return _send(pieces, tiles(documents, pieces, window, whole)[2])
+def _transfers(documents: Documents, pieces: Pieces, window: int | None) -> tuple[Int64, Int64]:
+    """The transfers of all that `tiles` need, whole or in parts, in however many stages."""
+    return _send(pieces, tiles(documents, pieces, window, False)[2])
 
 
 def _send(pieces: Pieces, needed: Int64) -> tuple[Int64, Int64]:

@@ -17,7 +17,7 @@ from sap_hf.planning import Documents, workloads
 from sap_hf.planning.balance import MEMBERS, ZIGZAG
 from sap_hf.planning.balance_search import Ranks, trade
 from sap_hf.planning.balance_swap import Problem
-from sap_hf.planning.layout import pairs_held
+from sap_hf.planning.layout import rows_held, work_held
 from sap_hf.planning.render import share
 from sap_hf.simulation.placement import RANKS, placement_table
 from sap_hf.strategies.auto import SURE, Branch, Request, candidates, placements, tree
@@ -119,7 +119,9 @@ def test_what_a_branch_takes_at_least_is_a_bound_for_all_its_candidates(lengths,
 @given(packs, ranks, st.sampled_from(LAYOUTS), windows)
 def test_the_pairs_that_ranks_hold_are_those_that_they_compute(lengths, cp_size, layout, window):
     plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, layout=layout, strategy="sap", window=window)
-    np.testing.assert_array_equal(pairs_held(plan.documents, plan.placement, plan.windows), plan.pairs)
+    pairs, rows = work_held(plan.documents, [plan.placement] * 2, plan.windows)
+    np.testing.assert_array_equal(pairs, [plan.pairs] * 2)
+    np.testing.assert_array_equal(rows, [rows_held(plan.documents, plan.placement)] * 2)
 
 
 @pytest.mark.parametrize("hardware", ["h100", "a100", "pcie", "cpu"])
