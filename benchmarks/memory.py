@@ -27,8 +27,8 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from step import HEAD_DIM, HEADS, KV_HEADS, build, packed
 from transformers import LlamaForCausalLM
+from ways import HEAD_DIM, HEADS, KV_HEADS, build, packed
 
 import sap_hf
 from sap_hf.kernels.sdpa import Sdpa
@@ -37,21 +37,11 @@ from sap_hf.planning import compile_program
 from sap_hf.planning.workloads import WORKLOADS, pack
 from sap_hf.runtime import transport
 from sap_hf.runtime.arena import arena, free
+from sap_hf.runtime.device_program import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.runtime.memory import CopyingTransport, LiveBytes
 
-BUDGET_ROWS = 512
-# Options of ours.
-WAYS: dict[str, dict[str, Any]] = {
-    "auto": {},
-    f"auto, {BUDGET_ROWS} remote rows": {"max_remote_rows": BUDGET_ROWS},
-    f"sap, {BUDGET_ROWS} remote rows": {"strategy": "sap", "ulysses_size": 1, "max_remote_rows": BUDGET_ROWS},
-    "sap contiguous": {"strategy": "sap", "layout": "contiguous", "ulysses_size": 1},
-    "all_gather zigzag": {"strategy": "all_gather", "layout": "zigzag", "ulysses_size": 1},
-    "ring zigzag": {"strategy": "ring", "layout": "zigzag", "ulysses_size": 1},
-    "ulysses": {"strategy": "ulysses"},
-}
 MIB = 1 << 20
 
 
@@ -90,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2048, help="of each rank")
     parser.add_argument("--workload", default="magi", choices=WORKLOADS)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--budget", type=int, default=512, help="max_remote_rows, where a way has one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hardware", default="cpu", help="what auto plans for")
     parser.add_argument("--out", type=Path)
@@ -103,13 +94,26 @@ def main() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     held = {}
-    for name, way in WAYS.items():
+    for name, way in ways(options.budget).items():
         with sharing(model, hardware=options.hardware, **way):
             held[name] = measure(model, batch)
     if dist.get_rank() == 0:
         report(options, model, held)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def ways(budget: int) -> dict[str, dict[str, Any]]:
+    """Options of ours."""
+    return {
+        "auto": {},
+        f"auto, {budget} remote rows": {"max_remote_rows": budget},
+        f"sap, {budget} remote rows": {"strategy": "sap", "ulysses_size": 1, "max_remote_rows": budget},
+        "sap contiguous": {"strategy": "sap", "layout": "contiguous", "ulysses_size": 1},
+        "all_gather zigzag": {"strategy": "all_gather", "layout": "zigzag", "ulysses_size": 1},
+        "ring zigzag": {"strategy": "ring", "layout": "zigzag", "ulysses_size": 1},
+        "ulysses": {"strategy": "ulysses"},
+    }
 
 
 @contextlib.contextmanager
@@ -187,11 +191,14 @@ def one_layer(plan: sap_hf.Plan) -> list[int]:
     """
     shapes = [(plan.rows_per_rank, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    # They live as long as the plan, and serve all layers.
+    loaded = load(plan, dist.get_rank(), None, q.device)
+    indices = [index for index in loaded.packed if index is not None]
     found = []
     for own in (contextlib.nullcontext, without_kernel):
         free()
         # gloo's threads let go of a message some time after the wait for it: here they get copies.
-        with transport.using(CopyingTransport()), LiveBytes(q, k, v) as counted, own(counted):
+        with transport.using(CopyingTransport()), LiveBytes(q, k, v, *indices) as counted, own(counted):
             # The first one makes the arena, the second one is counted.
             sap_hf.attention(q, k, v, plan).sum().backward()
             q.grad = k.grad = v.grad = None

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from sap_hf.cli.plan import heads_option
-from sap_hf.kernels import Kernel, Segments, pick
+from sap_hf.kernels import Kernel, Scoring, Segments, pick
 from sap_hf.planning.workloads import pack
 
 # Rows of every document, or the name of a workload.
@@ -92,11 +92,11 @@ def layer_seconds(
         for count in (heads, kv_heads, kv_heads, heads)
     )
     segments = Segments.build(bounds, bounds, causal=True, device=device)
-    options = {"scale": width**-0.5, "window": None, "softcap": None}
-    out, lse = kernel.forward(q, k, v, segments, **options)
+    scoring = Scoring(width**-0.5)
+    out, lse = kernel.forward(q, k, v, segments, scoring)
     return (
-        shortest(lambda: kernel.forward(q, k, v, segments, **options)),
-        shortest(lambda: kernel.backward(dout, q, k, v, out, lse, segments, **options)),
+        shortest(lambda: kernel.forward(q, k, v, segments, scoring)),
+        shortest(lambda: kernel.backward(dout, q, k, v, out, lse, segments, scoring)),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from tests.dist import run_script
+from tests.recipes.test_material import needs_chats, needs_weights
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -39,32 +40,97 @@ def test_all_strategies_find_the_same_loss_in_a_step(tmp_path):
     assert record["tokens"]["auto auto"] == [192]
 
 
+@pytest.mark.weights
+@needs_chats
+@needs_weights
+def test_chats_are_trained_shared_alone_and_padded(tmp_path):
+    out = tmp_path / "chats.jsonl"
+    sizes = ("--rows", "512", "--workload", "chats", "--layers", "1", "--turns", "1")
+    done = run_script(BENCHMARKS / "step.py", 2, *sizes, "--out", str(out))
+    assert done.code == 0, done.output
+    record = json.loads(out.read_text())
+    assert list(record["tokens"]) == [
+        "auto auto",
+        "own pack of 256, our kernel",
+        "own pack of 256, dense mask",
+        "padded batch of 8",
+    ]
+    # Both kernels of the packs that no rank shares see the same tokens.
+    assert record["tokens"]["own pack of 256, our kernel"] == record["tokens"]["own pack of 256, dense mask"]
+    assert all(0 < tokens[0] <= 512 for name, tokens in record["tokens"].items() if "padded" not in name)
+    assert record["loss_difference"] < 1e-5
+    for name, tokens in record["tokens_per_s"].items():
+        assert 0 < tokens < record["tokens_per_s_without_averaging"][name]
+
+
+def test_every_plan_of_the_attention_table_is_timed_beside_the_rows_per_critical_shard(tmp_path, scripts):
+    import attention
+
+    out = tmp_path / "attention.jsonl"
+    sizes = ("--rows", "96", "--workload", "magi", "--turns", "1")
+    done = run_script(BENCHMARKS / "attention.py", 2, *sizes, "--out", str(out))
+    assert done.code == 0, done.output
+    record = json.loads(out.read_text())
+    assert set(attention.PEERS) < record["seconds"].keys() == record["modelled_seconds"].keys()
+    assert len(record["seconds"]) == len(attention.PLANS)
+    for name, seconds in record["seconds"].items():
+        assert f"  {name:<25} {seconds * 1e3:8.1f} ms" in done.output
+    assert record["rows_per_critical"] > 0
+    assert f"= {record['rows_per_critical']:.2g}\n" in done.output
+    best = min(record["seconds"][name] for name in attention.PEERS)
+    assert f"auto is {best / record['seconds']['auto auto']:.2f} x as fast as the best of" in done.output
+
+
+def test_memory_is_what_plans_say_within_the_budget_and_flat_from_layer_to_layer(tmp_path):
+    out = tmp_path / "memory.jsonl"
+    sizes = ("--rows", "64", "--layers", "2", "--workload", "one", "--budget", "24")
+    done = run_script(BENCHMARKS / "memory.py", 2, *sizes, "--out", str(out))
+    assert done.code == 0, done.output
+    record = json.loads(out.read_text())
+    held = record["bytes"]
+    for name, each in held.items():
+        assert each["planned"] == each["layer"] < each["with_kernel"], name
+        forward, backward = each["arena"][:2], each["arena"][2:]
+        assert len(set(forward)) == len(set(backward)) == 1 and forward[0] <= backward[0], name
+        assert each["step"] >= max(each["head"], *each["layers"]), name
+    for name in ("auto, 24 remote rows", "sap, 24 remote rows"):
+        assert held[name]["remote_rows"] <= 24
+    # One document over two ranks: the second rank reads all that the first one has.
+    assert held["sap contiguous"]["remote_rows"] == held["all_gather zigzag"]["remote_rows"] == 64
+    assert held["sap, 24 remote rows"]["arena"][-1] < held["all_gather zigzag"]["arena"][-1]
+    # The whole step stands in the table, for the baselines too.
+    for name, each in held.items():
+        line = next(line for line in done.output.splitlines() if line.startswith(f"  {name} "))
+        assert f"most {each['step'] / 2**20:6.1f} " in line
+
+
 def test_a_way_that_sees_other_documents_shows_in_the_loss(scripts):
     import step
+    import ways
 
     torch.manual_seed(0)
-    model = step.build(layers=1, rows=64)
+    model = ways.build(layers=1, rows=64)
     lengths = np.array([20, 30, 14])
-    batch = step.packed(lengths, np.random.default_rng(0), torch.device("cpu"))
+    batch = ways.packed(lengths, np.random.default_rng(0), torch.device("cpu"))
     leaking = {name: value for name, value in batch.items() if name != "position_ids"}
-    ways = {name: step.Way(None, [], [], [], data="same") for name in ("packed", "leaking", "alone")}
+    tried = {name: ways.Way(None, [], [], [], data="same") for name in ("packed", "leaking", "alone")}
     losses = [model(**inputs).loss.item() for inputs in (batch, leaking)]
     pieces = {name: value.split(lengths.tolist(), dim=1) for name, value in batch.items()}
     alone = [model(**{name: parts[i] for name, parts in pieces.items()}).loss.item() for i in range(3)]
     losses.append(float(np.dot(alone, lengths - 1) / (lengths - 1).sum()))
-    spent = {name: step.Spent(loss=[loss]) for name, loss in zip(ways, losses)}
-    assert step.largest_difference(ways, spent) > 1e-4
-    del ways["leaking"]
-    assert step.largest_difference(ways, spent) < 1e-5
+    spent = {name: step.Spent(loss=[loss]) for name, loss in zip(tried, losses)}
+    assert step.largest_difference(tried, spent) > 1e-4
+    del tried["leaking"]
+    assert step.largest_difference(tried, spent) < 1e-5
 
 
 def test_a_padded_batch_trains_every_document_as_alone(scripts):
-    import step
+    import ways
 
     torch.manual_seed(0)
-    model = step.build(layers=1, rows=64)
-    batch = step.padded(np.array([9, 3, 17]), np.random.default_rng(0), torch.device("cpu"))
-    assert (batch["labels"] != step.IGNORED).sum() == 9 + 3 + 17 - 3
+    model = ways.build(layers=1, rows=64)
+    batch = ways.padded(np.array([9, 3, 17]), np.random.default_rng(0), torch.device("cpu"))
+    assert (batch["labels"] != ways.IGNORED).sum() == 9 + 3 + 17 - 3
     alone = sum(
         model(input_ids=ids[:n][None], labels=ids[:n][None]).loss.item() * (n - 1)
         for ids, n in zip(batch["input_ids"], (9, 3, 17))
@@ -74,11 +140,12 @@ def test_a_padded_batch_trains_every_document_as_alone(scripts):
 
 def test_gradients_are_averaged_whatever_the_bucket(scripts, monkeypatch):
     import step
+    import ways
 
     monkeypatch.setattr(step, "BUCKET_BYTES", 1 << 20)
     monkeypatch.setattr(step.dist, "all_reduce", lambda flat: flat.mul_(3))
     monkeypatch.setattr(step.dist, "get_world_size", lambda: 2)
-    model = step.build(layers=1, rows=8)
+    model = ways.build(layers=1, rows=8)
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, float(i))
     step.average(model)

@@ -265,18 +265,17 @@ def _bytes(plan: Plan, model: Model, training: Training) -> dict[str, int]:
     rows, shard = plan.rows_per_rank, -(-model.parameters // shards)
     # bfloat16 copies of the root and of two layers, gradients of the root and of one layer.
     gathered = 2 * (2 * 2 * model.head_parameters + 3 * model.layer_parameters)
-    # What attention's backward reads: q, k, v, out and lse of its own heads, for all rows of those that exchange them.
-    its = max(
-        rank_shapes(plan.shape, plan.ulysses_size), key=lambda its: its.num_heads + 2 * its.num_kv_heads
-    )
+    # Attention's backward reads q, k, v, out and lse of this rank's heads, for all rows of those that exchange them.
+    shapes = rank_shapes(plan.shape, plan.ulysses_size)
+    its = max(shapes, key=lambda each: (each.num_heads + each.num_kv_heads, each.num_heads))
     attended = rows * plan.ulysses_size
     out = attended * its.num_heads * (2 * model.head_dim + 4)
     qkv = attended * (its.num_heads + 2 * its.num_kv_heads) * 2 * model.head_dim
-    # The output projection's backward reads out of the rank's own rows: another tensor where heads travel. There
-    # peak_bytes holds what attention reads, too.
-    projected, again = 0, 0
-    if plan.ulysses_size > 1:
-        projected, again = 2 * rows * model.query, qkv + attended * its.num_heads * 2 * model.head_dim
+    # The output projection's reads out of its own rows. Where heads travel that is another tensor, and peak_bytes has
+    # q, k, v and out of all rows in it.
+    exchanged = plan.ulysses_size > 1
+    projected = exchanged * 2 * rows * model.query
+    again = exchanged * (qkv + attended * its.num_heads * 2 * model.head_dim)
     # What one layer's backward reads: both norms' float32 input, scaled input and result; attention's; out; gate, silu,
     # up and their product.
     kept = rows * (16 * model.hidden + 8 * model.mlp) + qkv + out + projected
