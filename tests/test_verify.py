@@ -94,7 +94,9 @@ def broken_rank(rank: int, world: int, how: str) -> module.Verdict:
             whole(self, tensor, plan, batch) * (torch.nan if rank == 1 else 1)
         )
     elif how == "no window":
-        sdpa.Sdpa.forward = lambda self, *args, **options: forward(self, *args, **{**options, "window": None})
+        sdpa.Sdpa.forward = lambda self, q, k, v, segments, scoring, place=None: forward(
+            self, q, k, v, segments, dataclasses.replace(scoring, window=None), place
+        )
     return module.check(clone(small(use_sliding_window=how == "no window", max_window_layers=1)))
 
 

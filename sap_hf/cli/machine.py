@@ -6,7 +6,6 @@ import itertools
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from sap_hf.cli.doctor import OK, PROBLEM, START, WARNING, Finding
 from sap_hf.config import KERNELS
 from sap_hf.errors import UnsupportedAttention
-from sap_hf.kernels import Kernel, Segments, pick
+from sap_hf.kernels import Kernel, Scoring, Segments, pick
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Some roundings, as part of the largest value.
@@ -141,14 +140,14 @@ def try_kernel(
 ) -> str | None:
     """What is wrong with one small call, forward and backward, beside the float64 reference; None when nothing is."""
     generator = torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "softcap": softcap, "window": window}
+    scoring = Scoring(HEAD_DIM**-0.5, window, softcap)
     given = [torch.randn(100, heads, HEAD_DIM, generator=generator).to(dtype) for heads in (4, 2, 2, 4)]
 
     def run(which: Kernel, on: torch.device, in_dtype: torch.dtype) -> list[torch.Tensor]:
         segments = Segments.build((0, 60, 100), (0, 60, 100), causal=True, device=on)
         q, k, v, dout = (x.to(on, in_dtype) for x in given)
-        out, lse = which.forward(q, k, v, segments, **options)
-        gradients = which.backward(dout, q, k, v, out.to(in_dtype), lse, segments, **options)
+        out, lse = which.forward(q, k, v, segments, scoring)
+        gradients = which.backward(dout, q, k, v, out.to(in_dtype), lse, segments, scoring)
         return [x.double().cpu() for x in (out, *gradients)]
 
     cpu = torch.device("cpu")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from sap_hf.kernels.interface import Segments
+from sap_hf.kernels.interface import NOWHERE, Places, Scoring, Segments, cut, fitting, space
 from sap_hf.kernels.varlen import capability, fit, max_q, nothing, window_of, zeros
 
 __all__ = ["Flash", "find"]
@@ -70,7 +70,9 @@ class Library:
         """What it cannot do for heads of this width on GPUs of this compute capability."""
         return None
 
-    def forward(self, qkv: Triple, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, qkv: Triple, place: torch.Tensor | None, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
 
     def backward(self, saved: Saved, gradients: Triple, call: Call, deterministic: bool) -> None:
@@ -81,7 +83,8 @@ class Flash2(Library):
     """flash-attn 2.7 and newer: flash_attn/flash_attn_interface.py, or the hub's flash-attn2.
 
     The operators of one generation: (left, right) as two arguments, softcap 0.0 for none. The hub kernel has the same
-    functions without torch.ops' aliases (huggingface/kernels-community, flash-attn2/torch-ext).
+    functions without torch.ops' aliases (huggingface/kernels-community, flash-attn2/torch-ext). The forward has no
+    place for out: varlen_fwd below it has, but under names and with arguments that change between releases.
     """
 
     generation = 2
@@ -100,7 +103,9 @@ class Flash2(Library):
         self._forward = interface._wrapped_flash_attn_varlen_forward
         self._backward = interface._wrapped_flash_attn_varlen_backward
 
-    def forward(self, qkv: Triple, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, qkv: Triple, place: torch.Tensor | None, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`Library.forward`."""
         out, lse_Hn, _, _ = self._forward(
             *(*qkv, call.cu_q, call.cu_k, call.max_q, call.max_k),
@@ -154,10 +159,12 @@ class Flash3(Library):
             return f"its reproducible backward ends at head_dim 192, here it is {head_dim}"
         return None
 
-    def forward(self, qkv: Triple, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, qkv: Triple, place: torch.Tensor | None, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`Library.forward`."""
-        out, lse_Hn, *_ = self._ops.fwd(*qkv, num_splits=1, **_by_name(call))
-        return out, lse_Hn
+        out, lse_Hn, *_ = self._ops.fwd(*qkv, out=place, num_splits=1, **_by_name(call))
+        return out if place is None else place, lse_Hn
 
     def backward(self, saved: Saved, gradients: Triple, call: Call, deterministic: bool) -> None:
         """`Library.backward`."""
@@ -188,13 +195,15 @@ class Flash4(Library):
             return f"on Blackwell it ends at head_dim 128, here it is {head_dim}"
         return None
 
-    def forward(self, qkv: Triple, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, qkv: Triple, place: torch.Tensor | None, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`Library.forward`."""
         # Two results in older releases, four in newer ones.
         out, lse_Hn, *_ = self._forward(
-            *qkv, softcap=call.softcap or None, return_lse=True, **self._common(call)
+            *qkv, softcap=call.softcap or None, return_lse=True, out=place, **self._common(call)
         )
-        return out, lse_Hn
+        return out if place is None else place, lse_Hn
 
     def backward(self, saved: Saved, gradients: Triple, call: Call, deterministic: bool) -> None:
         """`Library.backward`."""
@@ -249,18 +258,16 @@ class Flash:
         k: torch.Tensor,
         v: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        place: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernel.forward`; float16 or bfloat16 in, out in the same dtype."""
         if segments.max_q == 0:
             return nothing(q, v)
         value_dim = v.shape[2]
         q, k, v = fit(q, k, v)
-        out, lse_Hn = self.library.forward((q, k, v), _call(segments, scale, window, softcap))
-        return out[..., :value_dim], lse_Hn.transpose(0, 1)
+        out, lse_Hn = self.library.forward((q, k, v), fitting(place, q), _call(segments, scoring))
+        return cut(out, value_dim), lse_Hn.transpose(0, 1)
 
     def backward(
         self,
@@ -271,23 +278,21 @@ class Flash:
         out: torch.Tensor,
         lse: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        places: Places = NOWHERE,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Kernel.backward`; the gradients are in q's dtype."""
         if segments.max_q == 0:
             return zeros(q, k, v)
         head_dim, value_dim = q.shape[2], v.shape[2]
         dout, q, k, v, out = fit(dout.to(q.dtype), q, k, v, out.to(q.dtype))
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        dq, dk, dv = map(space, places, (q, k, v))
         deterministic = self.deterministic
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         saved = Saved(dout, q, k, v, out, lse.transpose(0, 1).contiguous())
-        self.library.backward(saved, (dq, dk, dv), _call(segments, scale, window, softcap), deterministic)
-        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :value_dim]
+        self.library.backward(saved, (dq, dk, dv), _call(segments, scoring), deterministic)
+        return cut(dq, head_dim), cut(dk, head_dim), cut(dv, value_dim)
 
 
 def find(head_dim: int) -> tuple[Flash | None, str]:
@@ -316,18 +321,18 @@ def find(head_dim: int) -> tuple[Flash | None, str]:
     return None, "; ".join(passed_over)
 
 
-def _call(segments: Segments, scale: float, window: int | None, softcap: float | None) -> Call:
-    left, right = window_of(segments, window)
+def _call(segments: Segments, scoring: Scoring) -> Call:
+    left, right = window_of(segments, scoring.window)
     return Call(
         cu_q=segments.cu_q_device,
         cu_k=segments.cu_k_device,
         max_q=max_q(segments),
         max_k=segments.max_k,
-        scale=scale,
+        scale=scoring.scale,
         causal=segments.causal,
         left=left,
         right=right,
-        softcap=softcap or 0.0,
+        softcap=scoring.softcap or 0.0,
     )
 
 

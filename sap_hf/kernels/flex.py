@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from sap_hf.kernels.interface import Segments
+from sap_hf.kernels.interface import NOWHERE, Places, Scoring, Segments
 
 __all__ = ["Flex", "why_no_flex"]
 
@@ -41,15 +41,13 @@ class Flex:
         k: torch.Tensor,
         v: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        place: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Kernel.forward`; out is in q's dtype."""
+        """See `Kernel.forward`; out is in q's dtype, in new memory."""
         if segments.max_q == 0:
             return q.new_zeros(0, q.shape[1], v.shape[2]), q.new_zeros(0, q.shape[1], dtype=torch.float32)
-        return _attend(q, k, v, segments, scale, window, softcap)
+        return _attend(q, k, v, segments, scoring)
 
     def backward(
         self,
@@ -60,17 +58,15 @@ class Flex:
         out: torch.Tensor,
         lse: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        places: Places = NOWHERE,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `Kernel.backward`; the gradients are in q's dtype."""
+        """See `Kernel.backward`; the gradients are in q's dtype, in new memory."""
         if segments.max_q == 0:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            own_out, own_lse = _attend(*leaves, segments, scale, window, softcap)
+            own_out, own_lse = _attend(*leaves, segments, scoring)
         weight = torch.exp(own_lse.detach() - lse)
         dout = dout.to(lse.dtype)
         down_out = (weight.unsqueeze(-1) * dout).to(own_out.dtype)
@@ -103,15 +99,13 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     segments: Segments,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    scoring: Scoring,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, aux = _compiled()(
         *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
-        score_mod=None if softcap is None else _capped(softcap, q.dtype, q.device),
-        block_mask=_mask(segments, window),
-        scale=scale,
+        score_mod=None if scoring.softcap is None else _capped(scoring.softcap, q.dtype, q.device),
+        block_mask=_mask(segments, scoring.window),
+        scale=scoring.scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=AuxRequest(lse=True),
     )

@@ -15,7 +15,7 @@ import torch
 
 from sap_hf.errors import UnsupportedAttention
 
-__all__ = ["Kernel", "Segments", "pick"]
+__all__ = ["NOWHERE", "Kernel", "Places", "Scoring", "Segments", "cut", "fitting", "pick", "space"]
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_MAX_HEAD_DIM = 256
@@ -83,8 +83,33 @@ class Segments:
         return [(*q, *k) for q, k in zip(pairwise(self.cu_q), pairwise(self.cu_k))]
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How the queries of a layer score their keys: the same in all of its calls.
+
+    Attributes:
+        scale: factor on q . k.
+        window: a query reads the last `window` keys, its own included (j > i + n_k - n_q - window);
+            only with causal segments. None: no limit.
+        softcap: logits become softcap * tanh(logits / softcap). None: off.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+# Where dq, dk and dv may be written: each contiguous, with the shape and dtype of q, k or v; None is nowhere.
+Places = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+NOWHERE: Places = (None, None, None)
+
+
 class Kernel(Protocol):
-    """What `runtime` asks of an attention kernel."""
+    """What `runtime` asks of an attention kernel.
+
+    A result that the caller has a place for may be written there, instead of being copied there. A kernel that does so
+    returns that very tensor; one that cannot (its results are wider, its heads padded) returns another.
+    """
 
     name: str
 
@@ -94,10 +119,8 @@ class Kernel(Protocol):
         k: torch.Tensor,
         v: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        place: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend inside every segment.
 
@@ -105,10 +128,7 @@ class Kernel(Protocol):
             q: (n_q, H, D); any strides, last dim contiguous.
             k, v: (n_k, K, D) and (n_k, K, Dv), H a multiple of K: query head h reads kv head h // (H / K).
                 Both may be slices of one [n_k, K, D + Dv] buffer.
-            scale: factor on q . k.
-            window: a query reads the last `window` keys, its own included (j > i + n_k - n_q - window);
-                only with causal segments. None: no limit.
-            softcap: logits become softcap * tanh(logits / softcap). None: off.
+            place: where out may be written: (n_q, H, Dv), q's dtype, contiguous.
 
         Returns:
             out (n_q, H, Dv): q's dtype or a wider one. lse (n_q, H): natural log of the sum of exp of the
@@ -125,10 +145,8 @@ class Kernel(Protocol):
         out: torch.Tensor,
         lse: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        places: Places = NOWHERE,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of this call's share of an attention.
 
@@ -136,11 +154,39 @@ class Kernel(Protocol):
             dout: (n_q, H, Dv), gradient of the final out.
             out, lse: the FINAL ones of these query rows, merged over all calls; P = exp(logits - lse) then
                 sums to less than 1 over this call's keys, which makes the sum of all gradients exact.
+            places: where dq, dk and dv may be written.
 
         Returns:
             dq, dk, dv shaped like q, k, v; their dtype or a wider one.
         """
         ...
+
+
+def fitting(place: torch.Tensor | None, like: torch.Tensor, width: int | None = None) -> torch.Tensor | None:
+    """The place, if a result (n, heads, width) in the dtype of `like` can be written to it.
+
+    Args:
+        width: None is that of `like`.
+    """
+    shape = (*like.shape[:2], like.shape[2] if width is None else width)
+    fits = place is not None and place.shape == shape and place.dtype == like.dtype
+    return place if fits else None
+
+
+def space(
+    place: torch.Tensor | None, like: torch.Tensor, width: int | None = None, zeros: bool = False
+) -> torch.Tensor:
+    """The place if it is `fitting`, else new memory; with zeros, or with whatever it holds."""
+    found = fitting(place, like, width)
+    if found is not None:
+        return found.zero_() if zeros else found
+    shape = (*like.shape[:2], like.shape[2] if width is None else width)
+    return like.new_zeros(shape) if zeros else like.new_empty(shape)
+
+
+def cut(result: torch.Tensor, width: int) -> torch.Tensor:
+    """Without the columns that a kernel has added; itself where there are none."""
+    return result if result.shape[2] == width else result[..., :width]
 
 
 def pick(

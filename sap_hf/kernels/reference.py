@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sap_hf.kernels.interface import HALF_DTYPES, Segments
+from sap_hf.kernels.interface import HALF_DTYPES, NOWHERE, Places, Scoring, Segments, space
 
 __all__ = ["Reference"]
 
@@ -30,19 +30,17 @@ class Reference:
         k: torch.Tensor,
         v: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        place: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernel.forward`; out is float32 (float64 for float64)."""
         q, k, v = widen(q, k, v)
         heads, kv_heads = q.shape[1], k.shape[1]
-        out = q.new_zeros(q.shape[0], heads, v.shape[2])
+        out = space(place, q, v.shape[2], zeros=True)
         lse = q.new_full((q.shape[0], heads), float("-inf"))
 
-        for rows, keys, mask in chunks(segments, window, heads, q.device):
-            scores = _scores(_group(q[rows], kv_heads), k[keys], mask, scale, softcap)
+        for rows, keys, mask in chunks(segments, scoring.window, heads, q.device):
+            scores = _scores(_group(q[rows], kv_heads), k[keys], mask, scoring)
             lse_KGn = scores.logsumexp(-1)
             probs = torch.exp(scores - lse_KGn.unsqueeze(-1))
             out[rows] = _ungroup(_times_rows(probs, v[keys]))
@@ -59,27 +57,25 @@ class Reference:
         out: torch.Tensor,
         lse: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        places: Places = NOWHERE,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Kernel.backward`; the gradients are float32 (float64 for float64)."""
         dout, q, k, v, out = widen(dout, q, k, v, out)
         heads, kv_heads = q.shape[1], k.shape[1]
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dq, dk, dv = (space(place, x, zeros=True) for place, x in zip(places, (q, k, v)))
         delta = (out * dout).sum(-1, keepdim=True)
 
-        for rows, keys, mask in chunks(segments, window, heads, q.device):
+        for rows, keys, mask in chunks(segments, scoring.window, heads, q.device):
             q_KGnD, dout_KGnD = _group(q[rows], kv_heads), _group(dout[rows], kv_heads)
-            scores = _scores(q_KGnD, k[keys], mask, scale, softcap)
+            scores = _scores(q_KGnD, k[keys], mask, scoring)
             probs = torch.exp(scores - _group(lse[rows].unsqueeze(-1), kv_heads))
             dprobs = _times_columns(dout_KGnD, v[keys])
             dscores = probs * (dprobs - _group(delta[rows], kv_heads))
-            if softcap is not None:
+            if scoring.softcap is not None:
                 # d tanh(x) = 1 - tanh(x)^2; a masked score is -inf, its dscore is 0 already and must stay 0.
-                dscores *= 1 - (scores.masked_fill(probs == 0, 0.0) / softcap) ** 2
-            dscores *= scale
+                dscores *= 1 - (scores.masked_fill(probs == 0, 0.0) / scoring.softcap) ** 2
+            dscores *= scoring.scale
             dq[rows] = _ungroup(_times_rows(dscores, k[keys]))
             dk[keys] += _transposed_times(dscores, q_KGnD)
             dv[keys] += _transposed_times(probs, dout_KGnD)
@@ -121,11 +117,11 @@ def band(rows: int, keys: int, window: int | None, device: torch.device | None =
 
 
 def _scores(
-    q_KGnD: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float | None
+    q_KGnD: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scoring: Scoring
 ) -> torch.Tensor:
-    scores = _times_columns(q_KGnD, k) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = _times_columns(q_KGnD, k) * scoring.scale
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     return scores if mask is None else scores.masked_fill(mask, float("-inf"))
 
 

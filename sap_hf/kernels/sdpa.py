@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.functional import pad
 
-from sap_hf.kernels.interface import Segments
+from sap_hf.kernels.interface import NOWHERE, Places, Scoring, Segments, cut, space
 from sap_hf.kernels.merge import merge_into
 from sap_hf.kernels.reference import band, widen
 
@@ -59,25 +59,23 @@ class Sdpa:
         k: torch.Tensor,
         v: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        place: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernel.forward`; out is float32 (float64 for float64)."""
-        assert softcap is None, "refused by pick"
+        assert scoring.softcap is None, "refused by pick"
         q, k, v = widen(q, k, v)
         value_dim = v.shape[2]
         q, k, v = _same_width(q, k, v)
         kv_heads = k.shape[1]
-        out = q.new_empty(q.shape[0], q.shape[1], value_dim)
+        out = space(place, q, value_dim)
         lse = q.new_empty(q.shape[0], q.shape[1])
         # Views of everything, made once: a tile is a slice of each.
         queries, whole_out = _queries(q, kv_heads), _queries(out, kv_heads)
         whole_lse = _queries(lse.unsqueeze(-1), kv_heads).squeeze(-1)
         keys, values = (_keys(x, q.shape[1]) for x in (k, v))
 
-        for tile in _tiles(segments, window, q.dtype):
+        for tile in _tiles(segments, scoring.window, q.dtype):
             out_KGnD, lse_KGn = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 queries[:, :, tile.rows],
                 keys[:, :, tile.keys],
@@ -85,7 +83,7 @@ class Sdpa:
                 0.0,
                 tile.is_causal,
                 attn_mask=tile.mask,
-                scale=scale,
+                scale=scoring.scale,
             )
             part_out = out_KGnD[..., :value_dim]
             if tile.again:
@@ -105,22 +103,20 @@ class Sdpa:
         out: torch.Tensor,
         lse: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        places: Places = NOWHERE,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Kernel.backward`; the gradients are float32 (float64 for float64)."""
-        assert softcap is None, "refused by pick"
+        assert scoring.softcap is None, "refused by pick"
         dout, q, k, v, out = widen(dout, q, k, v, out)
         head_dim, value_dim, kv_heads = q.shape[2], v.shape[2], k.shape[1]
         dout, q, k, v, out = _same_width(dout, q, k, v, out)
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dq, dk, dv = (space(place, x, zeros=True) for place, x in zip(places, (q, k, v)))
         of_rows = [_queries(x, kv_heads) for x in (dout, q, out, lse.unsqueeze(-1), dq)]
         of_keys = [_keys(x, q.shape[1]) for x in (k, v)]
         dk_KmD, dv_KmD = dk.transpose(0, 1), dv.transpose(0, 1)
 
-        for tile in _tiles(segments, window, q.dtype):
+        for tile in _tiles(segments, scoring.window, q.dtype):
             douts, queries, outs, lses, dqs = (x[:, :, tile.rows] for x in of_rows)
             dq_KGnD, dk_KGmD, dv_KGmD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 douts,
@@ -131,13 +127,13 @@ class Sdpa:
                 0.0,
                 tile.is_causal,
                 attn_mask=tile.mask,
-                scale=scale,
+                scale=scoring.scale,
             )
             dqs.add_(dq_KGnD)
             dk_KmD[:, tile.keys].add_(dk_KGmD.sum(1))
             dv_KmD[:, tile.keys].add_(dv_KGmD.sum(1))
 
-        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :value_dim]
+        return cut(dq, head_dim), cut(dk, head_dim), cut(dv, value_dim)
 
 
 # Every layer and the backward of one batch come with the same Segments, so its tiles and masks are made once;

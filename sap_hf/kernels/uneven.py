@@ -6,11 +6,10 @@ Nine query heads on three kv heads, shared by two ranks, are five on two and fou
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
-from sap_hf.kernels.interface import Kernel, Segments
+from sap_hf.kernels.interface import NOWHERE, Kernel, Places, Scoring, Segments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,10 +30,16 @@ class Uneven:
         return self.kernel.name
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, **options: Any
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        segments: Segments,
+        scoring: Scoring,
+        place: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As in Kernel, with k and v (n_k, len(readers), ...)."""
-        return self.kernel.forward(q, self._repeat(k), self._repeat(v), segments, **options)
+        return self.kernel.forward(q, self._repeat(k), self._repeat(v), segments, scoring, place)
 
     def backward(
         self,
@@ -45,11 +50,13 @@ class Uneven:
         out: torch.Tensor,
         lse: torch.Tensor,
         segments: Segments,
-        **options: Any,
+        scoring: Scoring,
+        places: Places = NOWHERE,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As in Kernel; dk and dv are at least float32."""
+        """As in Kernel; dk and dv are at least float32, in new memory."""
+        of_q, _, _ = places
         dq, dk, dv = self.kernel.backward(
-            dout, q, self._repeat(k), self._repeat(v), out, lse, segments, **options
+            dout, q, self._repeat(k), self._repeat(v), out, lse, segments, scoring, (of_q, None, None)
         )
         return dq, self._sum(dk), self._sum(dv)
 

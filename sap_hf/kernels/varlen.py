@@ -7,12 +7,12 @@ all flash attention libraries have in common.
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch.nn.functional import pad
 
-from sap_hf.kernels.interface import Segments
+from sap_hf.kernels.interface import NOWHERE, Places, Scoring, Segments, cut, fitting
 
 __all__ = ["Varlen", "capability", "fit", "max_q", "nothing", "why_no_varlen", "window_of", "zeros"]
 
@@ -31,20 +31,21 @@ class Varlen:
         k: torch.Tensor,
         v: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        place: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernel.forward`; float16 or bfloat16 in, out in the same dtype."""
-        assert softcap is None, "refused by pick"
+        assert scoring.softcap is None, "refused by pick"
         if segments.max_q == 0:
             return nothing(q, v)
-        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+        from torch.nn.attention import varlen
 
         value_dim = v.shape[2]
         q, k, v = fit(q, k, v)
-        out, lse_Hn = varlen_attn(
+        # TODO(torch>=2.13): older ones have no varlen_attn_out.
+        place = fitting(place, q) if hasattr(varlen, "varlen_attn_out") else None
+        attend = varlen.varlen_attn if place is None else partial(varlen.varlen_attn_out, place)
+        out, lse_Hn = attend(
             q,
             k,
             v,
@@ -52,12 +53,12 @@ class Varlen:
             segments.cu_k_device,
             max_q(segments),
             segments.max_k,
-            return_aux=AuxRequest(lse=True),
-            scale=scale,
-            window_size=window_of(segments, window),
+            return_aux=varlen.AuxRequest(lse=True),
+            scale=scoring.scale,
+            window_size=window_of(segments, scoring.window),
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out[..., :value_dim], lse_Hn.transpose(0, 1)
+        return cut(out, value_dim), lse_Hn.transpose(0, 1)
 
     def backward(
         self,
@@ -68,20 +69,18 @@ class Varlen:
         out: torch.Tensor,
         lse: torch.Tensor,
         segments: Segments,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
+        places: Places = NOWHERE,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `Kernel.backward`; the gradients are in q's dtype."""
-        assert softcap is None, "refused by pick"
+        """See `Kernel.backward`; the gradients are in q's dtype, in new memory."""
+        assert scoring.softcap is None, "refused by pick"
         if segments.max_q == 0:
             return zeros(q, k, v)
         from torch.nn.attention.varlen import _varlen_attn_backward
 
         head_dim, value_dim = q.shape[2], v.shape[2]
         dout, q, k, v, out = fit(dout.to(q.dtype), q, k, v, out.to(q.dtype))
-        left, right = window_of(segments, window)
+        left, right = window_of(segments, scoring.window)
         dq, dk, dv = _varlen_attn_backward(
             dout,
             q,
@@ -97,10 +96,10 @@ class Varlen:
             (left, right) == (-1, 0),
             # State of the dropout generator; there is no dropout.
             torch.zeros(2, dtype=torch.uint64, device=q.device),
-            scale,
+            scoring.scale,
             [left, right],
         )
-        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :value_dim]
+        return cut(dq, head_dim), cut(dk, head_dim), cut(dv, value_dim)
 
 
 @lru_cache(maxsize=1)

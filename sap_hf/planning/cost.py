@@ -98,12 +98,22 @@ def kernel_seconds(pairs: Int64, rows: Int64, layers: int, shape: Shape, hardwar
 
     Every layer takes one call on a rank that holds rows.
     """
-    flops = pairs * shape.flops_per_pair
-    around = (rows > 0) * hardware.call_seconds
-    computing: Float64 = flops / hardware.flops_per_s + flops * (
-        BACKWARD_FLOPS / hardware.backward_flops_per_s
-    )
-    return computing + 2 * layers * around
+    forward, backward = kernel_parts(pairs, layers * rows, layers * rows, shape, hardware)
+    total: Float64 = forward + backward + 2 * layers * (rows > 0) * hardware.call_seconds
+    return total
+
+
+def kernel_parts(
+    pairs: Int64, queries: Int64, keys: Int64, shape: Shape, hardware: Hardware
+) -> tuple[Float64, Float64]:
+    """Seconds of kernels, forward and backward, without their starts.
+
+    Args:
+        queries, keys: rows of all tiles.
+    """
+    forward = (pairs + hardware.tile_keys * queries) * (shape.flops_per_pair / hardware.flops_per_s)
+    rate = BACKWARD_FLOPS * shape.flops_per_pair / hardware.backward_flops_per_s
+    return forward, (pairs + hardware.tile_rows * keys) * rate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,9 +139,9 @@ class LayerCosts:
         held, hardware = self._held, self.hardware
         start = held.calls * hardware.call_seconds
         pairs = sum_by(held.at, tile_pairs(self.bundle.tiles.T, self.bundle.window), start.size)
-        flops = pairs.reshape(start.shape) * self.shape.flops_per_pair
-        backward = flops * (BACKWARD_FLOPS / hardware.backward_flops_per_s)
-        return flops / hardware.flops_per_s + start, backward + start
+        queries, keys = (of.sum(axis=0) for of in (held.queries, held.keys))
+        forward, backward = kernel_parts(pairs.reshape(start.shape), queries, keys, self.shape, hardware)
+        return forward + start, backward + start
 
     @functools.cached_property
     def seconds(self) -> Float64:
@@ -227,8 +237,8 @@ class TileRows:
         at: (m,) (step * V + schedule) * W + rank of each tile.
         queries, keys: (3, 1 + S, V, W) rows of q, and of K, in causal tiles that read their own rows alone, in causal
             tiles that read rows before them as well, and in full tiles.
-        scattered: (2, 1 + S, V, W) whether there are several causal tiles that read rows before them, or several full
-            tiles: what they read does not lie together.
+        scattered: (3, 1 + S, V, W) whether there are several causal tiles that read rows before them, several full
+            tiles, and, with several of the former or pieces of one document on a rank, keys that do not lie together.
         halved: (V, W) whether local tiles are two calls of the backward.
         kept: (V, W) own rows in the K/V buffer. sent, received: (V, W) rows that travel, each as often as it does.
     """
@@ -283,7 +293,11 @@ def tile_rows(bundle: Bundle) -> TileRows:
     sent, received = (sum_by(of, stop - start, width) for of in (source, destination))
     halved = (np.bincount(which[local], minlength=width) > 1) & (sent + received > 0)
     kept, sent, received = (of.reshape(ranks) for of in (kept, sent, received))
-    return TileRows(at, queries, keys, count[1:] > 1, halved.reshape(ranks), kept, sent, received)
+    # What a tile reads of the rank's earlier pieces lies elsewhere than what it receives.
+    pieces = (keys[1] - queries[1]).sum(axis=0) > received
+    several = count[1:] > 1
+    scattered = np.concatenate([several, (several[0] | (pieces & (count[1] > 0)))[None]])
+    return TileRows(at, queries, keys, scattered, halved.reshape(ranks), kept, sent, received)
 
 
 def _distinct(rank: Int64, start: Int64, stop: Int64, ranks: int) -> Int64:
@@ -310,19 +324,19 @@ def copied_bytes(held: TileRows, shape: Shape) -> tuple[Int64, Int64]:
     query, keys = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
     wire, wide = shape.bytes_per_element, max(4, shape.bytes_per_element)
     cast = wire + wide if wire < wide else 0
-    (own, long, full), (own_keys, long_keys, full_keys) = held.queries, held.keys
-    apart, apart_full = held.scattered
-    # A rank with full tiles has several parts of one row: it merges them, the first is only widened. Others write a
-    # part to its rows, where there is more than one call.
+    (own, long, full), (_, long_keys, full_keys) = held.queries, held.keys
+    apart, apart_full, apart_keys = held.scattered
+    # A rank with full tiles has several parts of one row: it merges them, the first is only widened. On others kernels
+    # write out and dq where they belong, but of tiles that lie apart; lse is put there, where there are several calls.
     merges = full.any(axis=0)
     writes = ~merges & (held.calls.sum(axis=0) > 1)
     causal, apart_long = own + long, apart * long
-    # dq is written, or added to sums that are cast; q, out and dout are gathered for tiles that lie apart.
+    # For tiles that lie apart q, and in the backward out and dout, are gathered.
     writes_back = writes | (~merges & held.halved)
     written, gathered = 2 * wire * query * writes, 2 * wire * query * writes_back
-    copied = written * (causal + apart_long)
-    copied_back = gathered * (causal + 3 * apart_long)
-    copied_keys = apart * long_keys
+    copied = 2 * written * apart_long + 2 * wide * shape.num_heads * writes * causal
+    copied_back = 4 * gathered * apart_long
+    copied_keys = apart_keys * long_keys
     if merges.any():
         apart_rows, merged = apart_full * full, query * merges
         copied += merged * (2 * cast * causal + (4 * wide + wire) * full + (4 * wide + 2 * wire) * apart_rows)
@@ -333,13 +347,9 @@ def copied_bytes(held: TileRows, shape: Shape) -> tuple[Int64, Int64]:
     # Kept rows are put beside what is received; keys that lie apart are gathered.
     copied += keys * 2 * wire * copied_keys
     copied[0] += keys * 2 * wire * held.kept
-    # Gradients of keys are written, or added to sums: these are cleared, sent home, added to, and cast.
+    # Gradients of keys that have several parts are added to sums: these are cleared, sent home, added to, and cast.
     adds = 2 * wide + wire
-    copied_back += keys * (
-        (writes_back | merges) * (2 * wire * own_keys)
-        + adds * (long_keys + full_keys)
-        + (2 * wire + cast) * copied_keys
-    )
+    copied_back += keys * (adds * (long_keys + full_keys) + (2 * wire + cast) * copied_keys)
     alone = np.maximum(held.kept - long.sum(axis=0), 0)
     copied_back[0] += keys * (
         (3 * wire + 2 * wide) * held.kept + adds * (alone + held.sent) + (2 * wide + wire) * held.received

@@ -8,6 +8,9 @@ from typing import Any
 
 from sap_hf.errors import ConfigError
 
+# What may be 0, and ends below this.
+BELOW = {"contention": 1, "tile_keys": 65_536, "tile_rows": 65_536}
+
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
@@ -22,6 +25,10 @@ class Hardware:
     """Memory read plus memory written."""
     call_seconds: float
     """Starting one kernel call."""
+    tile_keys: float
+    """Keys that a query row costs beyond those it reads: a tile of queries begins, ends, and is computed whole."""
+    tile_rows: float
+    """Query rows that a key costs beyond those that read it: the same of a backward's tile of keys."""
     node_bytes_per_s: float
     """Per rank and direction, to ranks of the same node."""
     network_bytes_per_s: float
@@ -40,10 +47,11 @@ class Hardware:
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if field.name == "contention":
-                if not number or not 0 <= value < 1:
+            if field.name in BELOW:
+                if not number or not 0 <= value < BELOW[field.name]:
                     raise ConfigError(
-                        f"hardware {self.name}: contention={value!r} must be a number from 0, and below 1."
+                        f"hardware {self.name}: {field.name}={value!r} must be a number from 0, and below "
+                        f"{BELOW[field.name]:g}."
                     )
             elif not number or not value > 0:
                 raise ConfigError(
@@ -56,14 +64,15 @@ PRESETS = {
     for hardware in (
         # NCCL's part of the chip is what explains MagiAttention's published figures best (`sap-hf simulate --fit`).
         # 400 of 989 dense bf16 TFLOP/s reached by flash attention; NVLink 4 and one 400 Gbit/s NIC per GPU, less
-        # overhead.
-        Hardware("h100", 4e14, 3.5e14, 2.5e12, 6e-6, 3e11, 4e10, 4e10, 3e-6, 2e-5, 0.2, 8),
+        # overhead. Flash attention's tiles have 128 rows on a side: of a causal one half is computed in vain, and it
+        # takes about as long to begin and to end.
+        Hardware("h100", 4e14, 3.5e14, 2.5e12, 6e-6, 128, 128, 3e11, 4e10, 4e10, 3e-6, 2e-5, 0.2, 8),
         # 312 dense TFLOP/s; NVLink 3 and one 200 Gbit/s NIC per GPU.
-        Hardware("a100", 1.8e14, 1.6e14, 1.5e12, 6e-6, 2e11, 2e10, 2e10, 3e-6, 2e-5, 0.2, 8),
+        Hardware("a100", 1.8e14, 1.6e14, 1.5e12, 6e-6, 128, 128, 2e11, 2e10, 2e10, 3e-6, 2e-5, 0.2, 8),
         # A box of PCIe 4.0 x16 cards without NVLink (L40S, A6000), one 100 Gbit/s NIC for all eight.
-        Hardware("pcie", 1.5e14, 1.2e14, 7e11, 6e-6, 1.6e10, 1.5e9, 1.2e10, 1e-5, 3e-5, 0.2, 8),
+        Hardware("pcie", 1.5e14, 1.2e14, 7e11, 6e-6, 128, 128, 1.6e10, 1.5e9, 1.2e10, 1e-5, 3e-5, 0.2, 8),
         # gloo over loopback between single-core processes.
-        Hardware("cpu", 3e10, 2e10, 5e9, 3e-5, 1e9, 1e8, 1e9, 1e-4, 2e-4, 0.2, 64),
+        Hardware("cpu", 3e10, 2e10, 5e9, 3e-5, 64, 64, 1e9, 1e8, 1e9, 1e-4, 2e-4, 0.2, 64),
     )
 }
 

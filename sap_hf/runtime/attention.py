@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sap_hf.errors import ConfigError, TensorError
-from sap_hf.kernels import Kernel, Uneven, pick
+from sap_hf.kernels import Kernel, Scoring, Uneven, pick
 from sap_hf.planning import Plan
 from sap_hf.runtime import transport
 from sap_hf.runtime.arena import arena
@@ -45,14 +45,9 @@ class Layer:
     loaded: DeviceProgram
     kernel: Kernel
     group: dist.ProcessGroup | None
-    scale: float
-    softcap: float | None
+    scoring: Scoring
     keep_remote_kv: bool
     kept: Kept | None
-
-    @property
-    def kernel_options(self) -> dict[str, Any]:
-        return {"scale": self.scale, "window": self.loaded.program.window, "softcap": self.softcap}
 
 
 def attention(
@@ -129,12 +124,12 @@ def attention(
             chosen = Uneven(chosen, heads.mine.readers)
         q, k, v = heads.scatter(q, k, v)
         sinks = None if sinks is None else sinks[heads.mine.q]
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     layer = Layer(
         loaded=loaded,
         kernel=chosen,
         group=process_group,
-        scale=1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
-        softcap=softcap,
+        scoring=Scoring(scale, loaded.program.window, softcap),
         keep_remote_kv=remote_kv == "keep",
         kept=kept,
     )
@@ -187,12 +182,12 @@ def _forward(
     """out (C, H, Dv) and lse (C, H), and the K/V buffer with what was received, if kept."""
     loaded, program = layer.loaded, layer.loaded.program
     if program.alone:
-        return *layer.kernel.forward(q, k, v, loaded.calls[0].segments, **layer.kernel_options), None
+        return *layer.kernel.forward(q, k, v, loaded.calls[0].segments, layer.scoring), None
     row = k.shape[1] * (k.shape[2] + v.shape[2])
     space = arena(q, {k.dtype: (sum(program.packed_rows) + (0 if keep else program.buffer_rows)) * row})
     keys = Keys.of(k, v, loaded, None if keep else space)
     rooms = [space.take((rows, *keys.buffer.shape[1:]), k.dtype) for rows in program.packed_rows]
-    parts = Parts(len(q), program)
+    parts = Parts(q, v.shape[-1], program)
     pending: dict[int, transport.Pending] = {}
     for operation in program.forward:
         at = operation.at
@@ -202,14 +197,15 @@ def _forward(
             pending.pop(at).wait()
         else:
             _attend(q, keys, parts, loaded.calls[at], layer)
-    return *parts.all(q, v.shape[-1]), keys.buffer if keep else None
+    return *parts.all(), keys.buffer if keep else None
 
 
 # What a call gathers and returns dies with the function: the next call must not find it alive.
 def _attend(q: torch.Tensor, keys: Keys, parts: Parts, call: DeviceCall, layer: Layer) -> None:
     """Run one call."""
-    part = layer.kernel.forward(call.q.take(q), *keys.read_by(call), call.segments, **layer.kernel_options)
-    parts.add(call.q, *part)
+    place = parts.place(call.q)
+    part = layer.kernel.forward(call.q.take(q), *keys.read_by(call), call.segments, layer.scoring, place)
+    parts.add(call.q, *part, place)
 
 
 def _backward(
@@ -226,7 +222,7 @@ def _backward(
     loaded, program = layer.loaded, layer.loaded.program
     if program.alone:
         segments = loaded.calls[0].segments
-        dq, dk, dv = layer.kernel.backward(dout, q, k, v, out, lse, segments, **layer.kernel_options)
+        dq, dk, dv = layer.kernel.backward(dout, q, k, v, out, lse, segments, layer.scoring)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     operations = program.backward if buffer is None else program.backward_kept
     row = k.shape[1] * (k.shape[2] + v.shape[2])
@@ -277,6 +273,9 @@ def _attend_backward(
 ) -> None:
     """Add one call's gradients to those of q, k and v."""
     rows = call.q
+    of_query = sums.place(rows)
+    # dK and dV that the kernel sums over heads lie elsewhere: their places would only be held for longer.
+    of_keys = (None, None) if isinstance(layer.kernel, Uneven) else key_sums.places(call)
     part_q, part_k, part_v = layer.kernel.backward(
         rows.take(dout),
         rows.take(q),
@@ -284,10 +283,11 @@ def _attend_backward(
         rows.take(out),
         rows.take(lse),
         call.segments,
-        **layer.kernel_options,
+        layer.scoring,
+        (of_query, *of_keys),
     )
-    sums.add(rows, part_q)
-    key_sums.add(call, part_k, part_v)
+    sums.add(rows, part_q, of_query)
+    key_sums.add(call, part_k, part_v, of_keys)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, plan: Plan) -> None:

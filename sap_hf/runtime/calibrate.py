@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sap_hf.errors import LayoutError
-from sap_hf.kernels import Segments, pick
+from sap_hf.kernels import Scoring, Segments, pick
 from sap_hf.planning.cost import BACKWARD_FLOPS, Shape
 from sap_hf.planning.hardware import Hardware
 from sap_hf.runtime import transport
@@ -30,6 +30,8 @@ MOST_BYTES = 1 << 28
 FEW_ROWS = 16
 SMALL_BYTES = 1 << 10
 MESSAGES = 8
+# Rows of a short document.
+DOCUMENT = 256
 
 
 def calibrate(name: str, shape: Shape, device: torch.device) -> Hardware:
@@ -53,7 +55,7 @@ def calibrate(name: str, shape: Shape, device: torch.device) -> Hardware:
         )
     per_node = agreed_ranks_per_node()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    call, forward, backward, compute = _kernel(shape, device, dtype)
+    call, (forward, tile_keys), (backward, tile_rows), compute = _kernel(shape, device, dtype)
     first, message = message_costs(device)
     node = link_bytes_per_s(1, per_node, device, first) if per_node > 1 else None
     network, alone = (
@@ -68,6 +70,8 @@ def calibrate(name: str, shape: Shape, device: torch.device) -> Hardware:
         backward_flops_per_s=backward,
         copy_bytes_per_s=_copy_bytes_per_s(device),
         call_seconds=call,
+        tile_keys=tile_keys,
+        tile_rows=tile_rows,
         node_bytes_per_s=node or network or 0.0,
         network_bytes_per_s=network or node or 0.0,
         network_alone_bytes_per_s=max(alone or 0.0, network or node or 0.0),
@@ -111,8 +115,8 @@ def _mean_seconds(function: Callable[[], object], device: torch.device) -> float
 
 def _kernel(
     shape: Shape, device: torch.device, dtype: torch.dtype
-) -> tuple[float, float, float, Callable[[], object]]:
-    """Seconds to begin a call, flop/s forward and backward of one causal document, and that forward."""
+) -> tuple[float, tuple[float, float], tuple[float, float], Callable[[], object]]:
+    """Seconds to begin a call; flop/s and what a row costs beyond its pairs, forward and backward; a long forward."""
     kernel, _ = pick(
         "auto",
         device_type=device.type,
@@ -122,9 +126,9 @@ def _kernel(
         softcap=None,
         window=None,
     )
-    options = {"scale": shape.head_dim**-0.5, "window": None, "softcap": None}
+    scoring = Scoring(shape.head_dim**-0.5)
 
-    def seconds(rows: int) -> tuple[float, float, Callable[[], object]]:
+    def seconds(rows: int, document: int) -> tuple[float, float, Callable[[], object]]:
         q, dout = (
             torch.randn(rows, shape.num_heads, shape.head_dim, device=device, dtype=dtype) for _ in range(2)
         )
@@ -132,28 +136,50 @@ def _kernel(
             torch.randn(rows, shape.num_kv_heads, shape.head_dim, device=device, dtype=dtype)
             for _ in range(2)
         )
-        segments = Segments.build((0, rows), (0, rows), causal=True, device=device)
-        out, lse = kernel.forward(q, k, v, segments, **options)
+        borders = range(0, rows + 1, document)
+        segments = Segments.build(borders, borders, causal=True, device=device)
+        out, lse = kernel.forward(q, k, v, segments, scoring)
         out = out.to(dtype)
 
         def compute() -> object:
-            return kernel.forward(q, k, v, segments, **options)
+            return kernel.forward(q, k, v, segments, scoring)
 
         return (
             _mean_seconds(compute, device),
-            _mean_seconds(lambda: kernel.backward(dout, q, k, v, out, lse, segments, **options), device),
+            _mean_seconds(lambda: kernel.backward(dout, q, k, v, out, lse, segments, scoring), device),
             compute,
         )
 
-    call = seconds(FEW_ROWS)[0]
+    call = seconds(FEW_ROWS, FEW_ROWS)[0]
     rows = 8 * FEW_ROWS
-    forward, backward, compute = seconds(rows)
-    while forward < LONG and rows < MOST_ROWS:
+    *long, compute = seconds(rows, rows)
+    while long[0] < LONG and rows < MOST_ROWS:
         rows *= 2
-        forward, backward, compute = seconds(rows)
-    flops = rows * (rows + 1) // 2 * shape.flops_per_pair
-    backward_flops = flops * BACKWARD_FLOPS
-    return call, flops / max(forward - call, 1e-9), backward_flops / max(backward - call, 1e-9), compute
+        *long, compute = seconds(rows, rows)
+    document = min(DOCUMENT, rows // 2)
+    short = seconds(rows, document)[:2]
+    forward, backward = (
+        rate_and_row(rows, document, one - call, many - call, factor * shape.flops_per_pair)
+        for one, many, factor in zip(long, short, (1, BACKWARD_FLOPS))
+    )
+    return call, forward, backward, compute
+
+
+def rate_and_row(
+    rows: int, document: int, one: float, many: float, flops_per_pair: float
+) -> tuple[float, float]:
+    """flop/s, and the pairs that take as long as what a row costs beyond its own.
+
+    Args:
+        one, many: seconds of so many rows as one document, and as documents of `document` rows.
+    """
+    pairs, fewer = (rows * (length + 1) / 2 for length in (rows, document))
+    one = max(one, 1e-9)
+    if many * pairs <= one * fewer or many >= one:
+        # Short documents are no slower than their pairs, or the machine is too noisy to tell.
+        return pairs * flops_per_pair / one, 0.0
+    per_pair = (one - many) / (pairs - fewer)
+    return flops_per_pair / per_pair, (one / per_pair - pairs) / rows
 
 
 def _copy_bytes_per_s(device: torch.device) -> float:

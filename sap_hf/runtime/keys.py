@@ -52,10 +52,20 @@ class KeySums:
     def __init__(self, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, loaded: DeviceProgram) -> None:
         self.sums = sums.zero_()
         self._width, self._loaded = k.shape[2], loaded
-        self._dk, self._dv = (Pieces(tensor, loaded.program) for tensor in (k, v))
+        self._dk, self._dv = (Pieces(x, x.shape, x.dtype, loaded.program.filled) for x in (k, v))
 
-    def add(self, call: DeviceCall, part_k: torch.Tensor, part_v: torch.Tensor) -> None:
-        """Add a call's dk (n, K, D) and dv (n, K, Dv)."""
+    def places(self, call: DeviceCall) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Where a call may write its dk and dv."""
+        return (self._dk.place(call.k), self._dv.place(call.k)) if call.local else (None, None)
+
+    def add(
+        self,
+        call: DeviceCall,
+        part_k: torch.Tensor,
+        part_v: torch.Tensor,
+        places: tuple[torch.Tensor | None, torch.Tensor | None],
+    ) -> None:
+        """Add a call's dk (n, K, D) and dv (n, K, Dv), which may lie in its `places`."""
         picked, rows = call.added
         # A GPU would be called for no rows too.
         if not isinstance(rows.at, slice) or rows.at.start < rows.at.stop:
@@ -63,8 +73,8 @@ class KeySums:
             rows.add_to(self.sums[..., self._width :], picked.take(part_v))
         if call.local:
             # Where there are other parts it is overwritten in the end.
-            self._dk.put(call.k, part_k)
-            self._dv.put(call.k, part_v)
+            self._dk.put(call.k, part_k, places[0])
+            self._dv.put(call.k, part_v, places[1])
 
     def all(self) -> tuple[torch.Tensor, torch.Tensor]:
         """dk and dv, once what other ranks have computed is in `sums`."""

@@ -24,8 +24,6 @@ class Machine:
     """A Hardware and the constants that the plan's cost model does without.
 
     Attributes:
-        tile_keys: beginning and ending one tile of queries takes as long as computing this many keys per row.
-        tile_rows: the same of a backward's tile of keys, in rows; dK and dV of all query heads are added there.
         group_cast_bytes_per_s: what MagiAttention's own exchange reaches between nodes, row by row; it does not slow
             the kernels beside it.
         block_seconds: starting one block of a backward kernel, whether or not it finds something to do.
@@ -34,8 +32,6 @@ class Machine:
     """
 
     hardware: Hardware
-    tile_keys: float = 0.0
-    tile_rows: float = 0.0
     group_cast_bytes_per_s: float = math.inf
     block_seconds: float = 0.0
     eager_bytes_per_s: float = math.inf
@@ -208,7 +204,7 @@ class Load:
         start = self.calls * hardware.call_seconds
         merge = self.merged * self.rows * (self.kernel.merge_bytes * elements / hardware.copy_bytes_per_s)
         around = self.rows * (self.kernel.backward_bytes * elements / hardware.copy_bytes_per_s)
-        ends = np.array([machine.tile_keys, machine.tile_rows])
+        ends = np.array([hardware.tile_keys, hardware.tile_rows])
         flops = (self.work[..., ::2] + ends * self.work[..., 1::2]) * self.shape.flops_per_pair
         busy = flops[..., 0] / hardware.flops_per_s + start + merge + self.copied / machine.eager_bytes_per_s
         # FlashAttention's backward is three kernels: one before the main one, one after it.

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from sap_hf.kernels import Segments, merge
+from sap_hf.kernels import Scoring, Segments, merge
 from sap_hf.kernels.flash import LIBRARIES, Flash
 from sap_hf.kernels.flex import Flex, why_no_flex
 from sap_hf.kernels.varlen import Varlen, why_no_varlen
@@ -66,9 +66,9 @@ def check(kernel, shape, heads, dims, dtype=torch.bfloat16, softcap=None):
     scale = dims[0] ** -0.5
     q, k, v, dout = (x.to(DEVICE) for x in dense.inputs(cu_q[-1], cu_k[-1], *heads, *dims, dtype))
     segments = Segments.build(cu_q, cu_k, causal, DEVICE)
-    options = {"scale": scale, "window": window, "softcap": softcap}
-    out, lse = kernel.forward(q, k, v, segments, **options)
-    got = (out, lse, *kernel.backward(dout, q, k, v, out, lse, segments, **options))
+    scoring = Scoring(scale, window, softcap)
+    out, lse = kernel.forward(q, k, v, segments, scoring)
+    got = (out, lse, *kernel.backward(dout, q, k, v, out, lse, segments, scoring))
     compare(got, q, k, v, dout, dense.visible(cu_q, cu_k, causal, window).to(DEVICE), scale, softcap)
 
 
@@ -105,15 +105,31 @@ def test_two_calls_over_disjoint_keys_merge_to_one(kernel):
     q, k, v, dout = (x.to(DEVICE) for x in dense.inputs(300, 900, 8, 2, 64, 64, torch.bfloat16))
     square = Segments.build((0, 300), (0, 300), True, DEVICE)
     full = Segments.build((0, 300), (0, 600), False, DEVICE)
-    options = {"scale": 0.125, "window": None, "softcap": None}
+    scoring = Scoring(0.125)
     parts = ((k[600:], v[600:], square), (k[:600], v[:600], full))
-    out, lse = merge(*(x for part in parts for x in kernel.forward(q, *part, **options)))
+    out, lse = merge(*(x for part in parts for x in kernel.forward(q, *part, scoring)))
     (dq_a, dk_a, dv_a), (dq_b, dk_b, dv_b) = (
-        kernel.backward(dout, q, *part[:2], out, lse, part[2], **options) for part in parts
+        kernel.backward(dout, q, *part[:2], out, lse, part[2], scoring) for part in parts
     )
     got = (out, lse, dq_a.float() + dq_b, torch.cat([dk_b, dk_a]), torch.cat([dv_b, dv_a]))
     seen = dense.visible((0, 300), (0, 900), True, None).to(DEVICE)
     compare(got, q, k, v, dout, seen, 0.125)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+def test_results_are_as_exact_in_their_places_and_nothing_is_written_beside_them(kernel):
+    q, k, v, dout = (x.to(DEVICE) for x in dense.inputs(300, 900, 8, 2, 64, 64, torch.bfloat16))
+    segments = Segments.build((0, 300), (0, 900), True, DEVICE)
+    around = [x.new_full((len(x) + 16, *x.shape[1:]), torch.nan) for x in (dout, q, k, v)]
+    place, *places = (memory[8:-8] for memory in around)
+    out, lse = kernel.forward(q, k, v, segments, Scoring(0.125), place)
+    gradients = kernel.backward(dout, q, k, v, out, lse, segments, Scoring(0.125), tuple(places))
+    seen = dense.visible((0, 300), (0, 900), True, None).to(DEVICE)
+    compare((out, lse, *gradients), q, k, v, dout, seen, 0.125)
+    if isinstance(kernel, Flash):
+        assert all(x is there for x, there in zip(gradients, places))
+    for memory in around:
+        assert memory[:8].isnan().all() and memory[-8:].isnan().all()
 
 
 @pytest.mark.parametrize("kernel", FLASH, indirect=True)
@@ -121,9 +137,9 @@ def test_reproducible_gradients_are_the_same_bits_again(kernel):
     kernel.deterministic = True
     q, k, v, dout = (x.to(DEVICE) for x in dense.inputs(4096, 4096, 8, 2, 64, 64, torch.bfloat16))
     segments = Segments.build((0, 4096), (0, 4096), True, DEVICE)
-    options = {"scale": 0.125, "window": None, "softcap": None}
-    out, lse = kernel.forward(q, k, v, segments, **options)
-    first, *others = (kernel.backward(dout, q, k, v, out, lse, segments, **options) for _ in range(5))
+    scoring = Scoring(0.125)
+    out, lse = kernel.forward(q, k, v, segments, scoring)
+    first, *others = (kernel.backward(dout, q, k, v, out, lse, segments, scoring) for _ in range(5))
     for again in others:
         assert all(torch.equal(x, y) for x, y in zip(first, again))
 
@@ -132,11 +148,11 @@ def test_reproducible_gradients_are_the_same_bits_again(kernel):
 def test_a_call_never_waits_for_the_gpu(kernel):
     q, k, v, dout = (x.to(DEVICE) for x in dense.inputs(300, 300, 8, 2, 64, 64, torch.bfloat16))
     segments = Segments.build((0, 100, 300), (0, 100, 300), True, DEVICE)
-    options = {"scale": 0.125, "window": None, "softcap": None}
+    scoring = Scoring(0.125)
 
     def both():
-        out, lse = kernel.forward(q, k, v, segments, **options)
-        kernel.backward(dout, q, k, v, out, lse, segments, **options)
+        out, lse = kernel.forward(q, k, v, segments, scoring)
+        kernel.backward(dout, q, k, v, out, lse, segments, scoring)
 
     both()
     torch.cuda.set_sync_debug_mode("error")
@@ -150,18 +166,18 @@ def test_a_call_never_waits_for_the_gpu(kernel):
 def test_256_documents_cost_far_less_than_one_of_as_many_rows(kernel):
     rows = 65536
     q, k, v, dout = (x.to(DEVICE) for x in dense.inputs(rows, rows, 8, 2, 64, 64, torch.bfloat16))
-    options = {"scale": 0.125, "window": None, "softcap": None}
+    scoring = Scoring(0.125)
     seconds = {}
     for documents in (1, 256):
         bounds = tuple(range(0, rows + 1, rows // documents))
         segments = Segments.build(bounds, bounds, True, DEVICE)
-        out, lse = kernel.forward(q, k, v, segments, **options)
-        kernel.backward(dout, q, k, v, out, lse, segments, **options)
+        out, lse = kernel.forward(q, k, v, segments, scoring)
+        kernel.backward(dout, q, k, v, out, lse, segments, scoring)
         torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(10):
-            out, lse = kernel.forward(q, k, v, segments, **options)
-            kernel.backward(dout, q, k, v, out, lse, segments, **options)
+            out, lse = kernel.forward(q, k, v, segments, scoring)
+            kernel.backward(dout, q, k, v, out, lse, segments, scoring)
         torch.cuda.synchronize()
         seconds[documents] = time.perf_counter() - started
     # A 256th of the pairs; a Python loop over the documents would cost more than the large one.

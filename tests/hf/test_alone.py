@@ -48,13 +48,13 @@ class More:
 # By kernel, direction, and whether an operation computes or moves numbers or is a mere view.
 MORE = {
     ("varlen", "forward", "work"): More(per_layer=-4, per_call=0, per_model=-3),
-    ("varlen", "forward", "view"): More(per_layer=1, per_call=0, per_model=2),
+    ("varlen", "forward", "view"): More(per_layer=0, per_call=0, per_model=2),
     ("varlen", "backward", "work"): More(per_layer=-2, per_call=0, per_model=1),
-    ("varlen", "backward", "view"): More(per_layer=5, per_call=0, per_model=0),
+    ("varlen", "backward", "view"): More(per_layer=2, per_call=0, per_model=0),
     ("sdpa", "forward", "work"): More(per_layer=-4, per_call=3, per_model=-3),
     ("sdpa", "forward", "view"): More(per_layer=13, per_call=6, per_model=2),
     ("sdpa", "backward", "work"): More(per_layer=-1, per_call=6, per_model=1),
-    ("sdpa", "backward", "view"): More(per_layer=23, per_call=10, per_model=0),
+    ("sdpa", "backward", "view"): More(per_layer=20, per_call=10, per_model=0),
 }
 
 

@@ -29,6 +29,15 @@ def _check(q, k, v, cu_q, cu_k, max_q, max_k):
         assert cu[0] == 0 and cu[-1] == rows and cu.diff().max() <= most and cu.diff().min() > 0
 
 
+def _written(place, result):
+    """The result, in the place where there is one, as the libraries want it."""
+    if place is None:
+        return result
+    assert place.shape == result.shape and place.dtype == result.dtype and place.stride(2) == 1
+    assert place.stride(0) % 8 == place.stride(1) % 8 == place.storage_offset() % 8 == 0
+    return place.copy_(result)
+
+
 def _logits(q, k, cu_q, cu_k, scale, causal, left, right, softcap):
     """(H, n_q, n_k) with -inf where not read; and d(capped)/d(raw)."""
     if causal:
@@ -135,15 +144,14 @@ def _wrapped_flash_attn_varlen_backward(
         *(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
         *(softmax_scale, causal, window_size_left, window_size_right, softcap),
     )
-    for target, grad in zip((dq, dk, dv), grads):
-        assert target.shape == grad.shape and target.stride(2) == 1
-        target.copy_(grad)
+    for place, grad in zip((dq, dk, dv), grads):
+        _written(place, grad)
     return torch.empty(0)
 
 
 @contextmanager
 def aten_flash_on_cpu():
-    """Give aten's two flash operators a CPU kernel, so that torch.nn.attention.varlen runs here.
+    """Give aten's three flash operators a CPU kernel, so that torch.nn.attention.varlen runs here.
 
     The dispatcher checks every call against the operators' schemas.
     """
@@ -177,6 +185,13 @@ def aten_flash_on_cpu():
         )
         return out, lse, torch.empty(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
 
+    def forward_inplace(out, *args, **options):
+        # The dropout's state, which it is named for, is all that the other has more.
+        result, lse, *_ = forward(*args, **options)
+        CALLS[-1] = "aten forward in place"
+        _written(out, result)
+        return lse
+
     def backward(
         grad_out,
         query,
@@ -208,5 +223,6 @@ def aten_flash_on_cpu():
 
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("_flash_attention_forward", forward, "CPU")
+        library.impl("_flash_attention_forward_no_dropout_inplace", forward_inplace, "CPU")
         library.impl("_flash_attention_backward", backward, "CPU")
         yield

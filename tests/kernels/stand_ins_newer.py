@@ -18,6 +18,7 @@ from tests.kernels.stand_ins import (
     _forward,
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
+    _written,
 )
 
 FORWARD_SCHEMA = """fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new = None, Tensor(v_new!)? v_new = None,
@@ -75,9 +76,9 @@ def _fwd(
     # The dispatcher leaves out what stands at its default behind the last argument that does not.
     CALLS.append("flash 3 forward")
     assert num_splits == 1, "the default 0 lets the kernel split the keys, and round differently"
-    assert used_q is used_k is q_v is out is page_table is None and attention_chunk == 0
-    out, lse = _forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, left, right, softcap)
-    return out, lse, torch.empty(0), torch.empty(0)
+    assert used_q is used_k is q_v is page_table is None and attention_chunk == 0
+    result, lse = _forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, left, right, softcap)
+    return _written(out, result), lse, torch.empty(0), torch.empty(0)
 
 
 def _bwd(
@@ -108,9 +109,8 @@ def _bwd(
     grads = _backward(
         *(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, causal, left, right, softcap)
     )
-    for target, grad in zip((dq, dk, dv), grads):
-        assert target.shape == grad.shape and target.stride(2) == 1
-        target.copy_(grad)
+    for place, grad in zip((dq, dk, dv), grads):
+        _written(place, grad)
     return tuple(torch.empty(0) for _ in range(5))
 
 
@@ -171,11 +171,11 @@ def _flash_attn_fwd(
     assert return_lse, "without it lse is None unless something requires a gradient"
     assert num_splits == 1 and softcap != 0.0
     left, right = _limits(causal, window_size_left, window_size_right)
-    out, lse = _forward(
+    result, lse = _forward(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal),
         *(left, right, softcap),
     )
-    return out, lse, None, None
+    return _written(out, result), lse, None, None
 
 
 def _flash_attn_bwd(
@@ -230,9 +230,8 @@ def _flash_attn_bwd(
         *(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
         *(softmax_scale, causal, left, right, softcap),
     )
-    for target, grad in zip((dq, dk, dv), grads):
-        assert target.shape == grad.shape and target.stride(2) == 1
-        target.copy_(grad)
+    for place, grad in zip((dq, dk, dv), grads):
+        _written(place, grad)
     return dq, dk, dv
 
 

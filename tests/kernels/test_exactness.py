@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sap_hf.kernels import Segments, merge, reference, sdpa
+from sap_hf.kernels import Scoring, Segments, merge, reference, sdpa
 from sap_hf.kernels.reference import Reference
 from sap_hf.kernels.sdpa import Sdpa
 from tests.kernels import dense
@@ -38,9 +38,9 @@ def run(kernel, shape, heads, kv_heads, head_dim, value_dim, dtype, softcap=None
     cu_q, cu_k, causal, window = shape
     q, k, v, dout = dense.inputs(cu_q[-1], cu_k[-1], heads, kv_heads, head_dim, value_dim, dtype)
     segments = Segments.build(cu_q, cu_k, causal, "cpu")
-    options = {"scale": SCALE, "window": window, "softcap": softcap}
-    out, lse = kernel.forward(q, k, v, segments, **options)
-    grads = kernel.backward(dout, q, k, v, out, lse, segments, **options)
+    scoring = Scoring(SCALE, window, softcap)
+    out, lse = kernel.forward(q, k, v, segments, scoring)
+    grads = kernel.backward(dout, q, k, v, out, lse, segments, scoring)
 
     seen = dense.visible(cu_q, cu_k, causal, window)
     want = dense.attend(q.double(), k.double(), v.double(), seen, SCALE, softcap)
@@ -62,9 +62,9 @@ def test_out_lse_and_gradients_match_dense_attention(kernel, shape, dtype):
 def test_window_of_one_returns_the_own_value_and_no_gradient_for_q_and_k(kernel, dtype):
     q, k, v, dout = dense.inputs(200, 200, 4, 4, 16, 16, dtype)
     segments = Segments.build((0, 5, 200), (0, 5, 200), True, "cpu")
-    options = {"scale": SCALE, "window": 1, "softcap": None}
-    out, lse = KERNELS[kernel].forward(q, k, v, segments, **options)
-    dq, dk, dv = KERNELS[kernel].backward(dout, q, k, v, out, lse, segments, **options)
+    scoring = Scoring(SCALE, 1)
+    out, lse = KERNELS[kernel].forward(q, k, v, segments, scoring)
+    dq, dk, dv = KERNELS[kernel].backward(dout, q, k, v, out, lse, segments, scoring)
     assert torch.equal(out, v)
     assert dense.error(dv, dout) < TOLERANCE[dtype]
     # dP - delta is x - x, twice computed: what may remain is the rounding of x, times scale and q or k.
@@ -111,14 +111,14 @@ def test_two_calls_over_disjoint_keys_merge_to_one(kernel, softcap):
     local, remote = slice(200, 300), slice(0, 200)
     square = Segments.build((0, 100), (0, 100), True, "cpu")
     full = Segments.build((0, 100), (0, 200), False, "cpu")
-    options = {"scale": SCALE, "window": None, "softcap": softcap}
+    scoring = Scoring(SCALE, softcap=softcap)
 
     out, lse = merge(
-        *kernel.forward(q, k[local], v[local], square, **options),
-        *kernel.forward(q, k[remote], v[remote], full, **options),
+        *kernel.forward(q, k[local], v[local], square, scoring),
+        *kernel.forward(q, k[remote], v[remote], full, scoring),
     )
-    dq_a, dk_a, dv_a = kernel.backward(dout, q, k[local], v[local], out, lse, square, **options)
-    dq_b, dk_b, dv_b = kernel.backward(dout, q, k[remote], v[remote], out, lse, full, **options)
+    dq_a, dk_a, dv_a = kernel.backward(dout, q, k[local], v[local], out, lse, square, scoring)
+    dq_b, dk_b, dv_b = kernel.backward(dout, q, k[remote], v[remote], out, lse, full, scoring)
     got = (out, lse, dq_a + dq_b, torch.cat([dk_b, dk_a]), torch.cat([dv_b, dv_a]))
 
     seen = dense.visible((0, 100), (0, 300), True, None)
@@ -152,10 +152,10 @@ def test_any_segments_match_dense_attention(kernel, sizes, window, causal):
 def test_no_segments_give_empty_outputs_and_zero_gradients(kernel):
     q, k, v, dout = dense.inputs(0, 0, 4, 2, 8, 8, torch.float32)
     segments = Segments.build((0,), (0,), True, "cpu")
-    options = {"scale": SCALE, "window": None, "softcap": None}
-    out, lse = KERNELS[kernel].forward(q, k, v, segments, **options)
+    scoring = Scoring(SCALE)
+    out, lse = KERNELS[kernel].forward(q, k, v, segments, scoring)
     assert out.shape == (0, 4, 8) and lse.shape == (0, 4)
-    assert [g.shape for g in KERNELS[kernel].backward(dout, q, k, v, out, lse, segments, **options)] == [
+    assert [g.shape for g in KERNELS[kernel].backward(dout, q, k, v, out, lse, segments, scoring)] == [
         (0, 4, 8),
         (0, 2, 8),
         (0, 2, 8),
@@ -170,9 +170,9 @@ def test_tiles_are_cut_once_per_batch_and_freed_with_it(monkeypatch):
     segments = Segments.build((0, 5, 20), (0, 5, 20), True, "cpu")
     before = len(sdpa._tiles_of)
     for window in (None, 3, None, 3):
-        options = {"scale": SCALE, "window": window, "softcap": None}
-        out, lse = Sdpa().forward(q, k, v, segments, **options)
-        Sdpa().backward(dout, q, k, v, out, lse, segments, **options)
+        scoring = Scoring(SCALE, window)
+        out, lse = Sdpa().forward(q, k, v, segments, scoring)
+        Sdpa().backward(dout, q, k, v, out, lse, segments, scoring)
     assert cuts == [(None, torch.float32), (3, torch.float32)]
     assert len(sdpa._tiles_of) == before + 1
     del segments

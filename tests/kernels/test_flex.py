@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as torch_flex
 
-from sap_hf.kernels import Segments, flex, merge
+from sap_hf.kernels import Scoring, Segments, flex, merge
 from sap_hf.kernels.flex import BLOCK, Flex
 from tests.kernels import dense
 from tests.kernels.test_varlen_calls import SHAPES, run
@@ -48,15 +48,15 @@ def test_backward_takes_the_out_and_lse_merged_over_two_calls():
     local, remote = slice(20, 30), slice(0, 20)
     square = Segments.build((0, 10), (0, 10), True, "cpu")
     full = Segments.build((0, 10), (0, 20), False, "cpu")
-    options = {"scale": SCALE, "window": None, "softcap": softcap}
+    scoring = Scoring(SCALE, softcap=softcap)
 
     out, lse = merge(
-        *Flex().forward(q, k[local], v[local], square, **options),
-        *Flex().forward(q, k[remote], v[remote], full, **options),
+        *Flex().forward(q, k[local], v[local], square, scoring),
+        *Flex().forward(q, k[remote], v[remote], full, scoring),
     )
     with torch.no_grad():  # as inside an autograd.Function
-        dq_a, dk_a, dv_a = Flex().backward(dout, q, k[local], v[local], out, lse, square, **options)
-        dq_b, dk_b, dv_b = Flex().backward(dout, q, k[remote], v[remote], out, lse, full, **options)
+        dq_a, dk_a, dv_a = Flex().backward(dout, q, k[local], v[local], out, lse, square, scoring)
+        dq_b, dk_b, dv_b = Flex().backward(dout, q, k[remote], v[remote], out, lse, full, scoring)
 
     seen = dense.visible((0, 10), (0, 30), True, None)
     want = (
@@ -72,11 +72,11 @@ def test_bfloat16_gradients_of_a_merge_err_at_most_twice_as_much_as_plain_bfloat
     q, k, v, dout = dense.inputs(40, 160, 8, 2, 16, 16, torch.bfloat16)
     square = Segments.build((0, 40), (0, 40), True, "cpu")
     full = Segments.build((0, 40), (0, 120), False, "cpu")
-    options = {"scale": SCALE, "window": None, "softcap": 2.0}
+    scoring = Scoring(SCALE, softcap=2.0)
     parts = ((k[120:], v[120:], square), (k[:120], v[:120], full))
-    out, lse = merge(*(x for part in parts for x in Flex().forward(q, *part, **options)))
+    out, lse = merge(*(x for part in parts for x in Flex().forward(q, *part, scoring)))
     (dq_a, dk_a, dv_a), (dq_b, dk_b, dv_b) = (
-        Flex().backward(dout, q, *part[:2], out, lse, part[2], **options) for part in parts
+        Flex().backward(dout, q, *part[:2], out, lse, part[2], scoring) for part in parts
     )
     seen = dense.visible((0, 40), (0, 160), True, None)
     want = dense.gradients(dout, q, k, v, seen, SCALE, 2.0)
@@ -144,10 +144,10 @@ def test_no_segments_call_nothing(monkeypatch):
     monkeypatch.setattr(flex, "_compiled", lambda: None)
     q, k, v, dout = dense.inputs(0, 0, 4, 2, 16, 16, torch.bfloat16)
     segments = Segments.build((0,), (0,), True, "cpu")
-    options = {"scale": SCALE, "window": None, "softcap": 1.0}
-    out, lse = Flex().forward(q, k, v, segments, **options)
+    scoring = Scoring(SCALE, softcap=1.0)
+    out, lse = Flex().forward(q, k, v, segments, scoring)
     assert out.shape == (0, 4, 16) and lse.shape == (0, 4) and lse.dtype == torch.float32
-    assert [g.shape for g in Flex().backward(dout, q, k, v, out, lse, segments, **options)] == [
+    assert [g.shape for g in Flex().backward(dout, q, k, v, out, lse, segments, scoring)] == [
         q.shape,
         k.shape,
         v.shape,

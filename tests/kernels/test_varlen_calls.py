@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sap_hf.kernels import Segments, merge
+from sap_hf.kernels import Scoring, Segments, merge
 from sap_hf.kernels.flash import Flash, Flash2, Flash3, Flash4
 from sap_hf.kernels.varlen import Varlen
 from tests.kernels import dense, stand_ins
@@ -54,10 +54,10 @@ def run(kernel, shape, heads, dims, softcap=None):
     cu_q, cu_k, causal, window = shape
     q, k, v, dout = dense.inputs(cu_q[-1], cu_k[-1], *heads, *dims, torch.float64)
     segments = Segments.build(cu_q, cu_k, causal, "cpu")
-    options = {"scale": SCALE, "window": window, "softcap": softcap}
-    out, lse = kernel.forward(q, k, v, segments, **options)
+    scoring = Scoring(SCALE, window, softcap)
+    out, lse = kernel.forward(q, k, v, segments, scoring)
     # Merged over several calls, it lies row by row.
-    grads = kernel.backward(dout, q, k, v, out, lse.contiguous(), segments, **options)
+    grads = kernel.backward(dout, q, k, v, out, lse.contiguous(), segments, scoring)
 
     seen = dense.visible(cu_q, cu_k, causal, window)
     want = (
@@ -95,14 +95,14 @@ def test_backward_takes_the_out_and_lse_merged_over_two_calls(kernel):
     local, remote = slice(20, 30), slice(0, 20)
     square = Segments.build((0, 10), (0, 10), True, "cpu")
     full = Segments.build((0, 10), (0, 20), False, "cpu")
-    options = {"scale": SCALE, "window": None, "softcap": None}
+    scoring = Scoring(SCALE)
 
     out, lse = merge(
-        *kernel.forward(q, k[local], v[local], square, **options),
-        *kernel.forward(q, k[remote], v[remote], full, **options),
+        *kernel.forward(q, k[local], v[local], square, scoring),
+        *kernel.forward(q, k[remote], v[remote], full, scoring),
     )
-    dq_a, dk_a, dv_a = kernel.backward(dout, q, k[local], v[local], out, lse, square, **options)
-    dq_b, dk_b, dv_b = kernel.backward(dout, q, k[remote], v[remote], out, lse, full, **options)
+    dq_a, dk_a, dv_a = kernel.backward(dout, q, k[local], v[local], out, lse, square, scoring)
+    dq_b, dk_b, dv_b = kernel.backward(dout, q, k[remote], v[remote], out, lse, full, scoring)
 
     seen = dense.visible((0, 10), (0, 30), True, None)
     want = (*dense.attend(q, k, v, seen, SCALE, None), *dense.gradients(dout, q, k, v, seen, SCALE, None))
@@ -122,8 +122,8 @@ def test_a_view_that_starts_between_two_words_is_copied_first(kernel):
     q, k, v, _ = dense.inputs(9, 9, 4, 2, 16, 16, torch.float64)
     shifted = torch.cat([torch.zeros(4), q.flatten()])[4:].view_as(q)
     segments = Segments.build((0, 9), (0, 9), True, "cpu")
-    options = {"scale": SCALE, "window": None, "softcap": None}
-    got, want = (kernel.forward(x, k, v, segments, **options) for x in (shifted, q))
+    scoring = Scoring(SCALE)
+    got, want = (kernel.forward(x, k, v, segments, scoring) for x in (shifted, q))
     for x, y in zip(got, want):
         assert torch.equal(x, y)
 
@@ -149,10 +149,10 @@ def test_deterministic_follows_torch(kernel):
 def test_no_segments_call_nothing(kernel):
     q, k, v, dout = dense.inputs(0, 0, 4, 2, 16, 16, torch.bfloat16)
     segments = Segments.build((0,), (0,), True, "cpu")
-    options = {"scale": SCALE, "window": None, "softcap": None}
-    out, lse = kernel.forward(q, k, v, segments, **options)
+    scoring = Scoring(SCALE)
+    out, lse = kernel.forward(q, k, v, segments, scoring)
     assert out.shape == (0, 4, 16) and lse.shape == (0, 4) and lse.dtype == torch.float32
-    grads = kernel.backward(dout, q, k, v, out, lse, segments, **options)
+    grads = kernel.backward(dout, q, k, v, out, lse, segments, scoring)
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape] and not stand_ins.CALLS
 
 

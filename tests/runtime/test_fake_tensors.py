@@ -148,8 +148,8 @@ def test_nothing_is_read_back_and_each_call_is_one_kernel_call(layers):
     # Reading back raised already: a fake tensor has no value.
     for *counts, program in layers.values():
         for backward, issued in enumerate(counts):
-            kernel = f"torch_attn._varlen_attn{'_backward' if backward else ''}.default"
-            assert issued[kernel] == len(attends(program, backward)) > 0
+            kernels = [count for name, count in issued.items() if name.startswith("torch_attn.")]
+            assert sum(kernels) == len(attends(program, backward)) > 0
 
 
 @pytest.mark.parametrize("rank", RANKS)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import sap_hf
+from sap_hf.kernels import NOWHERE
+from sap_hf.kernels.interface import space
 from sap_hf.planning.compile import compile_program
 from sap_hf.planning.heads import split_heads
 from sap_hf.planning.memory import arena_bytes, peak_bytes
@@ -56,13 +58,13 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 class Hollow:
-    """A kernel that returns what kernels return, in q's dtype, and needs nothing for itself."""
+    """A kernel that returns what kernels return, in q's dtype and in its place, and needs nothing for itself."""
 
-    def forward(self, q, k, v, segments, **options):
-        return q.new_zeros(len(q), q.shape[1], v.shape[2]), q.new_zeros(q.shape[:2], dtype=torch.float32)
+    def forward(self, q, k, v, segments, scoring, place=None):
+        return space(place, q, v.shape[2], zeros=True), q.new_zeros(q.shape[:2], dtype=torch.float32)
 
-    def backward(self, dout, q, k, v, out, lse, segments, **options):
-        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    def backward(self, dout, q, k, v, out, lse, segments, scoring, places=NOWHERE):
+        return tuple(space(place, x, zeros=True) for place, x in zip(places, (q, k, v)))
 
 
 def make(options):
