@@ -83,8 +83,8 @@ def _convolve(
     **ignored: Any,
 ) -> torch.Tensor:
     """The depthwise convolution of x (1, F, C) with weight (F, K), which sees no other document: (1, F, C)."""
-    spaced, kept = line.spaced(x.transpose(1, 2), weight.shape[1] - 1)
-    return convolve(spaced.transpose(1, 2), weight, bias, activation=activation).index_select(2, kept)
+    own = functools.partial(convolve, weight=weight, bias=bias, activation=activation)
+    return line.convolved(x.transpose(1, 2), weight.shape[1] - 1, own).transpose(1, 2)
 
 
 def _scan(

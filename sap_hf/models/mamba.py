@@ -20,14 +20,14 @@ import math
 from collections.abc import Callable
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils.import_utils import is_mamba_2_ssm_available
 
-from sap_hf.models.bypass import Call, once
+from sap_hf.models.bypass import Call
 from sap_hf.models.mixers import Line, line_of
+from sap_hf.models.recurrence import joined, scan, scan_by_chunks, stretches_of, wide
 
 
 def mamba2(call: Call, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -91,7 +91,7 @@ def _mamba2(call: Call, projected: Tensor) -> tuple[Tensor, Tensor]:
     states = layer.n_groups * layer.ssm_state_size
     x, b, c = mixed.split([layer.intermediate_size, states, states], -1)
     with torch.autocast(projected.device.type, enabled=False):
-        step, bias, a_log, skip = _wide(step[0], layer.dt_bias, layer.A_log, layer.D)
+        step, bias, a_log, skip = wide(step[0], layer.dt_bias, layer.A_log, layer.D)
         # In older versions of transformers zamba2 has a shortest step alone.
         shortest, longest = layer.time_step_limit or (layer.time_step_min, math.inf)
         step = F.softplus(step + bias).clamp(shortest, longest)
@@ -101,11 +101,11 @@ def _mamba2(call: Call, projected: Tensor) -> tuple[Tensor, Tensor]:
         b, c = (each.unflatten(-1, (layer.n_groups, -1)) for each in (b, c))
         rate, skip = -a_log.exp().view(groups), skip.view(groups)
         log_decay = step * rate
-        stretches = _stretches(call, line, layer.chunk_size, x.device)
+        stretches = stretches_of(call, line, layer.chunk_size, x.device)
         kernel = _kernel(layer, x)
         if kernel is None:
-            x, b, c = _wide(x, b, c)
-            y, final = _chunks(log_decay, x * step[..., None], b, c, stretches)
+            x, b, c = wide(x, b, c)
+            y, final = scan_by_chunks(log_decay, x * step[..., None], b, c, stretches)
             y = y + x * skip[..., None]
         else:
             kernel = functools.partial(kernel, chunk_size=layer.chunk_size)
@@ -114,7 +114,7 @@ def _mamba2(call: Call, projected: Tensor) -> tuple[Tensor, Tensor]:
         def read(reach: Tensor, state: Tensor) -> Tensor:
             return torch.einsum("tgn,ghpn->tghp", c[: len(reach)].to(state.dtype), state) * reach[..., 0]
 
-        y = _joined(line, y, final, log_decay[..., None, None], read)
+        y = joined(line, y, final, log_decay[..., None, None], read)
     return y.flatten(1).unsqueeze(0), gate
 
 
@@ -170,43 +170,20 @@ def _mamba1(
     """
     line = line_of(call.shard, x.device)
     with torch.autocast(x.device.type, enabled=False):
-        x, step, b, c, bias, a_log, skip = _wide(x, step, b, c, bias, a_log, skip)
+        x, step, b, c, bias, a_log, skip = wide(x, step, b, c, bias, a_log, skip)
         step = F.softplus(step + bias)
         log_decay = -step[..., None] * a_log.exp()
-        stretches = _stretches(call, line, 1, x.device)
+        stretches = stretches_of(call, line, 1, x.device)
         # Nothing is left of the document before.
         goes_on = F.pad(stretches[1:] == stretches[:-1], (0, 0, 1, 0))
         decay = log_decay.exp() * goes_on[..., None, None]
-        states = cast(Tensor, _Rows.apply(decay, (step * x)[..., None] * b[..., None, :]))  # type: ignore[no-untyped-call]
+        states = scan(decay, (step * x)[..., None] * b[..., None, :])
 
         def read(reach: Tensor, state: Tensor) -> Tensor:
             return torch.einsum("tkpn,tkn->tkp", reach * state, c[: len(reach)])
 
-        y = _joined(line, torch.einsum("tkpn,tkn->tkp", states, c), states[-1], log_decay, read)
+        y = joined(line, torch.einsum("tkpn,tkn->tkp", states, c), states[-1], log_decay, read)
         return y + x * skip
-
-
-def _joined(
-    line: Line, y: Tensor, final: Tensor, log_decay: Tensor, read: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Take the first stretch's state from the rank before into account, and pass the last one's on.
-
-    Args:
-        y: (C, ...), scanned from a state of zero.
-        final: the state after the last row.
-        log_decay: (C, ...) of each row; broadcasts to states.
-        read: what rows read from a state that has decayed by a factor (rows, ...).
-    """
-    if not line.continued:
-        return line.send(y, final)
-    rows = line.cu_seqlens[1]
-    reach = log_decay[:rows].cumsum(0).exp()
-    state = line.receive(final, tuple(final.shape), final.dtype)
-    if rows == len(y):
-        final = final + reach[-1] * state
-    # First what the next rank waits for.
-    y = line.send(y, final)
-    return torch.cat([(y[:rows] + read(reach, state)).to(y.dtype), y[rows:]])
 
 
 def _fused(
@@ -219,7 +196,7 @@ def _fused(
     skip: Tensor,
     stretches: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As _chunks, with what x adds by itself.
+    """As scan_by_chunks, with what x adds by itself.
 
     The kernel's final state is the one after the last row, of the last stretch alone, and has a gradient.
 
@@ -242,106 +219,9 @@ def _fused(
     return y[0].unflatten(1, groups), final[0].unflatten(0, groups)
 
 
-def _chunks(log_decay: Tensor, x: Tensor, b: Tensor, c: Tensor, stretches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mamba-2: rows of a chunk read each other as in attention, and earlier chunks through the state they left.
-
-    Args:
-        log_decay: (C, G, H) of G groups of H heads.
-        x: (C, G, H, P).
-        b, c: (C, G, N).
-        stretches: (chunks, rows of a chunk), which stretch each row is of; no row reads another stretch.
-
-    Returns:
-        (C, G, H, P), and the state (G, H, P, N) after the last row.
-    """
-    # Rows that fill the last chunk change no state: they keep all of it and add nothing.
-    log_decay, full_x, b, c = (_filled(each, stretches) for each in (log_decay, x, b, c))
-    log_decay = log_decay.movedim(1, -1)
-    # y, z: chunks; i: row that reads; j: row that is read.
-    left = _left(log_decay, stretches[:, None, None])
-    scores = torch.einsum("zign,zjgn->zgij", c, b).unsqueeze(2) * left
-    out = torch.einsum("zghij,zjghp->zighp", scores, full_x)
-    added = torch.einsum("zghj,zjghp,zjgn->zghpn", left[..., -1, :], full_x, b)
-    ends = stretches[:, -1]
-    states = torch.einsum("ghyz,zghpn->yghpn", _left(log_decay.sum(-1).movedim(0, -1), ends), added)
-    # The chunk before has left something to those rows that go on with its last stretch.
-    goes_on = (stretches == F.pad(ends[:-1], (1, 0), value=-1).unsqueeze(1))[:, None, None]
-    reach = log_decay.cumsum(-1).exp() * goes_on
-    before = torch.cat([torch.zeros_like(states[:1]), states[:-1]])
-    out = out + torch.einsum("zign,zghpn,zghi->zighp", c, before, reach)
-    return out.flatten(0, 1)[: len(x)], states[-1]
-
-
-def _left(log_decay: Tensor, stretches: Tensor) -> Tensor:
-    """(..., L, L): what is left at row i of what row j added, from (..., L); nothing across stretches.
-
-    Sums of the rows in between, not differences of sums from the start: those would cancel.
-    """
-    sums = log_decay.unsqueeze(-1).expand(*log_decay.shape, log_decay.shape[-1]).tril(-1).cumsum(-2)
-    reads = (stretches.unsqueeze(-1) == stretches.unsqueeze(-2)).tril()
-    # In place: this is the largest tensor of a scan.
-    return sums.masked_fill_(~reads, -math.inf).exp_()
-
-
-def _filled(rows: Tensor, chunks: Tensor) -> Tensor:
-    """(C, ...) -> (chunks, rows of a chunk, ...), the last one filled with zeros."""
-    missing = chunks.numel() - len(rows)
-    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)).unflatten(0, tuple(chunks.shape))
-
-
-def _stretches(call: Call, line: Line, size: int, device: torch.device) -> Tensor:
-    """Which stretch each row is of, in chunks of `size`; the last one's filled. Derived once per batch."""
-
-    def make() -> Tensor:
-        rows = line.cu_seqlens[-1]
-        stretches = np.repeat(np.arange(len(line.cu_seqlens) - 1), np.diff(line.cu_seqlens))
-        within = min(size, rows)
-        return torch.from_numpy(np.pad(stretches, (0, -rows % within), "edge").reshape(-1, within)).to(device)
-
-    key = ("stretches", call.shard.group.rank, size, device)
-    return cast(Tensor, once(call.shard.plan, key, make))
-
-
-class _Rows(torch.autograd.Function):
-    """state[t] = decay[t] * state[t - 1] + added[t], from zero; all (C, ...). Its backward is one in reverse order."""
-
-    @staticmethod
-    def forward(ctx: Any, decay: Tensor, added: Tensor) -> Tensor:
-        states = _recur(decay, added)
-        ctx.save_for_backward(decay, states)
-        return states
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        decay, states = ctx.saved_tensors
-        added = _recur(decay.roll(-1, 0).flip(0), gradient.flip(0)).flip(0)
-        before = torch.cat([torch.zeros_like(states[:1]), states[:-1]])
-        return added * before, added
-
-
-def _recur(decay: Tensor, added: Tensor) -> Tensor:
-    """Row by row, in all chunks at a time, then chunk by chunk: 2 sqrt(C) steps."""
-    rows = len(added)
-    size = math.isqrt(rows - 1) + 1
-    missing = (0, 0) * (added.dim() - 1) + (0, -rows % size)
-    decay, states = (F.pad(each, missing).unflatten(0, (-1, size)).clone() for each in (decay, added))
-    for row in range(1, size):
-        states[:, row] += decay[:, row] * states[:, row - 1]
-        # Of what entered the chunk.
-        decay[:, row] *= decay[:, row - 1]
-    for chunk in range(1, len(states)):
-        states[chunk] += decay[chunk] * states[chunk - 1, -1]
-    return states.flatten(0, 1)[:rows]
-
-
 def _convolved(layer: Any, line: Line, x: Tensor) -> Tensor:
     """The layer's causal convolution of x (1, C, F) and its activation, ending at document borders."""
-    reach = layer.conv_kernel_size - 1
-    spaced, kept = line.spaced(x.to(layer.conv1d.weight.dtype), reach)
-    out = F.conv1d(spaced.transpose(1, 2), layer.conv1d.weight, layer.conv1d.bias, groups=layer.conv1d.groups)
-    return cast(Tensor, layer.act(out.transpose(1, 2)[:, kept - reach]).to(x.dtype))
-
-
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    return [each.to(torch.promote_types(each.dtype, torch.float32)) for each in tensors]
+    conv = layer.conv1d
+    convolve = functools.partial(F.conv1d, weight=conv.weight, bias=conv.bias, groups=conv.groups)
+    out = line.convolved(x.to(conv.weight.dtype), layer.conv_kernel_size - 1, convolve)
+    return cast(Tensor, layer.act(out).to(x.dtype))

@@ -7,6 +7,7 @@ for a convolution, and the state that a recurrence goes on from. Both end at the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -77,6 +78,21 @@ class Line:
         stretches = len(self.cu_seqlens) - 1
         spaced = x.new_zeros(1, x.shape[1] + stretches * rows, x.shape[2])
         return spaced.index_copy(1, places, torch.cat([self.halo(x, rows), x], 1)), places[rows:]
+
+    def convolved(
+        self, x: torch.Tensor, reach: int, convolve: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """(1, C, F) of x (1, C, F): a causal convolution of the row and `reach` rows before it, in its document alone.
+
+        Args:
+            convolve: what it does to (1, F, L); gives (1, F, L), or (1, F, L - reach) without the first rows.
+
+        Raises:
+            UnsupportedAttention: as halo.
+        """
+        spaced, kept = self.spaced(x, reach)
+        out = convolve(spaced.transpose(1, 2)).transpose(1, 2)
+        return out.index_select(1, kept - (spaced.shape[1] - out.shape[1]))
 
     def _places(self, rows: int, device: torch.device) -> torch.Tensor:
         """(rows + C,) where the halo and the rows of this rank are when every stretch has `rows` rows in front."""

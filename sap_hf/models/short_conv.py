@@ -6,6 +6,7 @@ the last rows of the rank before.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -21,9 +22,9 @@ def short_conv(call: Call, hidden_states: torch.Tensor, *args: Any, **kwargs: An
     layer = call.layer
     before, after, x = layer.in_proj(hidden_states).chunk(3, dim=-1)
     weight = layer.conv.weight.squeeze(1)
-    x, kept = line_of(call.shard, x.device).spaced(before * x, weight.shape[-1] - 1)
-    x = call.theirs.causal_conv1d_fn(x.transpose(1, 2), weight, layer.conv.bias).transpose(1, 2)
-    return cast(torch.Tensor, layer.out_proj(after * x[:, kept]))
+    convolve = functools.partial(call.theirs.causal_conv1d_fn, weight=weight, bias=layer.conv.bias)
+    x = line_of(call.shard, x.device).convolved(before * x, weight.shape[-1] - 1, convolve)
+    return cast(torch.Tensor, layer.out_proj(after * x))
 
 
 def zaya(call: Call, hidden_states: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:

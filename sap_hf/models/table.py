@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sap_hf.errors import UnsupportedAttention
-from sap_hf.models import bypass, delta_net, mamba, short_conv
+from sap_hf.models import bypass, delta_net, lightning, mamba, rg_lru, short_conv
 from sap_hf.models.bypass import Call, heads_given
 from sap_hf.models.interface import KEYWORD, NAME, originals, state
 
@@ -58,7 +58,7 @@ def _mixing(function: Callable[..., Any]) -> Entry:
 
 MIXERS = {
     name: _mixing(function)
-    for module in (delta_net, mamba, short_conv)
+    for module in (delta_net, lightning, mamba, rg_lru, short_conv)
     for name, function in module.MIXERS.items()
 }
 TABLE = {

@@ -157,6 +157,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 4,
         }
     },
+    "minimax": {"layer_types": HYBRID, "block_size": 4},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "modernbert-decoder": {"layer_types": BOTH_KINDS},
     "olmo": {"clip_qkv": 1.0},
@@ -172,6 +173,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_budget": 4,
         "indexer_compress_ratio": 2,
     },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention", "recurrent"]},
     "reformer": {"axial_pos_embds": False},
     "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 61},
     "smollm3": {"no_rope_layers": [1, 0, 1]},

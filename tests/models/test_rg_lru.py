@@ -1,0 +1,82 @@
+"""Gated linear recurrent units on ranks give what every document alone gives through transformers' own layer."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from sap_hf.models.rg_lru import MIXERS
+from tests.models import families, mixers
+from tests.models.mixers import (
+    Case,
+    OnRanks,
+    assert_exact,
+    assert_rounds_as_usual,
+    each_case,
+    rounded_cases,
+    shared,
+    trained_alone,
+)
+
+NAME = "RecurrentGemmaRecurrentBlock"
+PACKS = {
+    "a rank inside a document": (7, 43, 9),
+    "a document over all ranks": (61,),
+    "one token each": (1, 1, 1, 20, 1, 1, 1),
+    "ends at the borders": (12, 6, 6, 12),
+    "padding": (5, 24, 3),
+    "hardly any": (2, 3, 4),
+}
+LONG = (300, 5, 411, 1, 90)
+
+
+@functools.cache
+def layer_of(name: str, dtype: torch.dtype) -> Any:
+    model = families.build("recurrent_gemma")
+    layer: Any = next(each for each in model.modules() if type(each).__name__ == name)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+        # Slow to forget: a rank's last row sees its first one.
+        layer.rg_lru.recurrent_param.sub_(4.0)
+    return layer.to(dtype)
+
+
+@pytest.fixture(scope="module")
+def on_ranks(request: pytest.FixtureRequest) -> OnRanks:
+    return mixers.on_ranks(request, layer_of, {"shared": shared, "trained alone": trained_alone})
+
+
+def test_the_table_has_the_classes_that_are_tested() -> None:
+    assert {NAME} == MIXERS.keys()
+
+
+@pytest.mark.parametrize(
+    "case, size",
+    [
+        *each_case([NAME], PACKS, [NAME]),
+        *each_case([NAME], {"frozen": PACKS["a rank inside a document"]}, [], way="trained alone"),
+    ],
+)
+def test_documents_on_ranks_equal_documents_alone(on_ranks: OnRanks, case: Case, size: int) -> None:
+    assert_exact(on_ranks, layer_of, case, size)
+
+
+def test_the_oracle_sees_a_state_that_goes_through_a_rank() -> None:
+    layer, rows = layer_of(NAME, torch.float64), sum(PACKS["a document over all ranks"])
+    x, _ = mixers.inputs(layer, rows)
+    other = torch.cat([-x[: rows // 3], x[rows // 3 :]])
+    with torch.no_grad(), families.only_float64():
+        one, two = (mixers.through(layer, each)[2 * rows // 3 :] for each in (x, other))
+    assert float((one - two).abs().max() / one.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "case, size", rounded_cases([NAME], LONG, ("float32", "bfloat16", "autocast"), [NAME])
+)
+def test_rounding_is_no_worse_than_twice_as_without_us(on_ranks: OnRanks, case: Case, size: int) -> None:
+    assert_rounds_as_usual(on_ranks, layer_of, case, size)
