@@ -1,8 +1,8 @@
 # make env        build .venv from this folder alone; a second start reuses it
 # make sft        fine-tune SmolLM2-135M on packed chats: on 2 CPU processes, or on all GPUs where there are any
 # make pretrain   the same model goes on with long documents
-# make test       all tests, with one model family of each kind
-# make matrix     all model families; writes docs/models.md
+# make test       all tests, with one model family of each kind and half of the combinations of plans
+# make matrix     all model families and all combinations of plans; writes docs/models.md
 # make lint       ruff and mypy
 # make gpu-proof  on real GPUs: parity, speed, longest context, a trace, and how far the predictions were off
 # make clean      remove what make env and the tests built; outputs/ stays
@@ -79,7 +79,7 @@ test: env
 	$(BIN)/python -m pytest
 
 matrix: env
-	$(BIN)/python -m pytest tests/models -m 'matrix or not matrix'
+	$(BIN)/python -m pytest tests/models tests/runtime/test_parity.py -m 'matrix or not matrix'
 
 lint: env
 	$(BIN)/python -m ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,11 @@ MAY_BE_SKIPPED = {"gpu", "weights"}
 
 settings.register_profile("sap_hf", deadline=None, derandomize=True, database=None, max_examples=80)
 settings.load_profile("sap_hf")
+
+
+def pytest_collection_finish() -> None:
+    # Imports and tests stay to the end: every gc.collect, one of Trainer's for each run, would look through them.
+    gc.freeze()
 
 
 @pytest.hookimpl(hookwrapper=True)

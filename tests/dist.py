@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -30,7 +31,8 @@ from typing import Any
 
 # Loaded once in the fork server; a test module's own imports come on top, in every rank. A folder whose ranks
 # all need more (transformers: 4 s each) appends to this list in its conftest.py: that runs before any start.
-PRELOAD = ["torch", "torch.distributed", "numpy"]
+# torch loads _dynamo in its first backward.
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "numpy", "pytest"]
 GROUP_TIMEOUT_SECONDS = 60
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -246,6 +248,8 @@ def _loopback() -> dict[str, str]:
 
 
 def _rank_main(rank: int, job: _Job, pipe: Connection) -> None:
+    # What the fork server loaded stays: every gc.collect, one of Trainer's for each run, would look through it.
+    gc.freeze()
     stack_file = job.stack_file(rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.world, "LOCAL_WORLD_SIZE": job.world}

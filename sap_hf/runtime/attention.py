@@ -23,19 +23,12 @@ from sap_hf.runtime.arena import arena
 from sap_hf.runtime.device_program import DeviceCall, DeviceProgram, load
 from sap_hf.runtime.exchange import collect, fetch, send_home
 from sap_hf.runtime.group import resolve, warm
-from sap_hf.runtime.heads import HeadExchange
+from sap_hf.runtime.heads import HeadExchange, Kept
 from sap_hf.runtime.keys import Keys, KeySums
 from sap_hf.runtime.parts import Parts, QuerySums
 
 # The answer is the same for every layer and batch; looking for installed kernels is not free.
 _pick = functools.cache(pick)
-
-
-@dataclasses.dataclass(eq=False)
-class Kept:
-    """out and lse of one checkpointed layer, between its forward and its recompute."""
-
-    tensors: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +72,8 @@ def attention(
         kernel: auto | reference | sdpa | varlen | flash | flex.
         remote_kv: refetch | keep, in the backward receive remote K/V again or hold it since the forward.
         kept: for a layer under gradient checkpointing, where its out and lse wait for the recompute: the forward
-            leaves them there, the recompute takes them instead of communicating and computing again.
+            leaves them there, the recompute takes them instead of computing, and fetching rows, again. Heads it
+            exchanges again, unless remote_kv is keep.
 
     Returns:
         out (C, H, Dv) in q's dtype (under autocast: the autocast dtype). Padding rows and their gradients are 0.
@@ -116,13 +110,14 @@ def attention(
             f"{plan.max_remote_rows}) has room for {loaded.program.slots} of {len(loaded.program.exchanges)} stages.\n"
             "  Use remote_kv='refetch', or strategy sap or all_gather without max_remote_rows."
         )
-    heads = None
+    heads = held = None
     if plan.ulysses_size > 1:
         assert process_group is not None, "heads are exchanged within a process group"
         heads = HeadExchange.of(q, k, process_group, rank, plan.cp_size, plan.ulysses_size)
         if not heads.mine.even:
             chosen = Uneven(chosen, heads.mine.readers)
-        q, k, v = heads.scatter(q, k, v)
+        held = kept if remote_kv == "keep" else None
+        q, k, v = heads.scatter(q, k, v, held)
         sinks = None if sinks is None else sinks[heads.mine.q]
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     layer = Layer(
@@ -134,7 +129,7 @@ def attention(
         kept=kept,
     )
     out: torch.Tensor = _Attention.apply(q, k, v, sinks, layer)  # type: ignore[no-untyped-call]
-    return out if heads is None else heads.gather(out)
+    return out if heads is None else heads.gather(out, held)
 
 
 class _Attention(torch.autograd.Function):

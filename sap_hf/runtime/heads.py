@@ -16,6 +16,21 @@ from sap_hf.planning.heads import Heads, split_heads
 from sap_hf.runtime import transport
 
 
+@dataclasses.dataclass(eq=False)
+class Kept:
+    """What one checkpointed layer holds between its forward, which leaves it here, and its recompute, which takes it.
+
+    Attributes:
+        tensors: out and lse, so that nothing is computed again.
+        heads: q, k and v of all neighbours' rows, and rows: out of the rank's own, so that no heads are exchanged
+            again; with remote_kv="keep" alone.
+    """
+
+    tensors: tuple[torch.Tensor, torch.Tensor] | None = None
+    heads: tuple[torch.Tensor, ...] | None = None
+    rows: torch.Tensor | None = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadExchange:
     """Who exchanges what: the ranks [first, first + U) of the group, which hold C rows each.
@@ -43,14 +58,14 @@ class HeadExchange:
         return self.heads[self.rank % len(self.heads)]
 
     def scatter(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Kept | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q (U*C, h, D), k (U*C, h_kv, D), v (U*C, h_kv, Dv) of all neighbours' rows; differentiable."""
-        return _Scatter.apply(q, k, v, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Scatter.apply(q, k, v, self, kept)  # type: ignore[no-any-return, no-untyped-call]
 
-    def gather(self, out: torch.Tensor) -> torch.Tensor:
+    def gather(self, out: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
         """(C, H, Dv) of this rank's rows from (U*C, h, Dv); differentiable."""
-        return _Gather.apply(out, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Gather.apply(out, self, kept)  # type: ignore[no-any-return, no-untyped-call]
 
     def swap(self, send: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         """What neighbours send to this rank: flat `send` and the result hold `sent` and `received` elements each."""
@@ -99,11 +114,22 @@ class HeadExchange:
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exchange: HeadExchange
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        exchange: HeadExchange,
+        kept: Kept | None,
     ) -> tuple[torch.Tensor, ...]:
         ctx.exchange, ctx.shapes = exchange, (q.shape, k.shape, v.shape)
+        if kept is not None and kept.heads is not None:
+            held, kept.heads = kept.heads, None
+            return held
         merged = exchange.to_heads((q, k, v), [(its.q, its.kv, its.kv) for its in exchange.heads])
-        return _apart(merged, _widths(exchange.mine, ctx.shapes))
+        parts = _apart(merged, _widths(exchange.mine, ctx.shapes))
+        if kept is not None:
+            kept.heads = tuple(part.detach() for part in parts)
+        return parts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -126,22 +152,28 @@ class _Scatter(torch.autograd.Function):
             dq[:, its.q] = part_q
             dk[:, its.kv].add_(part_k)
             dv[:, its.kv].add_(part_v)
-        return dq, dk.to(dtype), dv.to(dtype), None
+        return dq, dk.to(dtype), dv.to(dtype), None, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, exchange: HeadExchange) -> torch.Tensor:
+    def forward(ctx: Any, out: torch.Tensor, exchange: HeadExchange, kept: Kept | None) -> torch.Tensor:
         ctx.exchange, (rows, _, width) = exchange, out.shape
+        if kept is not None and kept.rows is not None:
+            held, kept.rows = kept.rows, None
+            return held
         parts = exchange.to_rows(out.flatten(1), [its.q_count * width for its in exchange.heads])
-        return torch.cat(parts, dim=1).view(rows // len(parts), -1, width)
+        gathered = torch.cat(parts, dim=1).view(rows // len(parts), -1, width)
+        if kept is not None:
+            kept.rows = gathered.detach()
+        return gathered
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         exchange: HeadExchange = ctx.exchange
         merged = exchange.to_heads((gradient,), [(its.q,) for its in exchange.heads])
-        return merged.view(len(merged), exchange.mine.q_count, -1), None
+        return merged.view(len(merged), exchange.mine.q_count, -1), None, None
 
 
 def _widths(heads: Heads, shapes: tuple[torch.Size, ...]) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ from sap_hf.strategies import Request, make_plan
 from tests.hf import material
 from tests.hf.scenarios import Case, build
 from tests.hf.together import Together
-from tests.runtime.test_bytes import planned_bytes
+from tests.runtime.test_bytes import planned_bytes, planned_heads
 
 # Four ranks on two nodes.
 HARDWARE = dataclasses.replace(PRESETS["cpu"], name="nodes", ranks_per_node=2)
@@ -44,6 +44,14 @@ CASES = {
         cp_size=4, options={"strategy": "sap", "remote_kv": "keep", "check_batches": False}
     ),
     "ulysses-inside": Case(cp_size=4, options={"ulysses_size": 2, "strategy": "sap"}),
+    "ulysses-checkpointing": Case(
+        cp_size=4, args=CHECKPOINTING, options={"ulysses_size": 2, "strategy": "sap"}
+    ),
+    "ulysses-kept": Case(
+        cp_size=4,
+        args=CHECKPOINTING,
+        options={"ulysses_size": 2, "strategy": "sap", "remote_kv": "keep"},
+    ),
     "model-init": Case(cp_size=4, model_init=True),
     "two-groups": Case(cp_size=2, groups=2),
 }
@@ -215,7 +223,11 @@ def expected(packs: Any, case: Case, steps: int = 1, hardware: Any = HARDWARE) -
     """Figures of one log over `steps` optimizer steps that train on `packs`."""
     plans = [plan_of(lengths, case.cp_size, tuple(case.options.items()), hardware) for lengths in packs]
     node = np.arange(case.cp_size) // hardware.ranks_per_node
-    sent = sum(sum(planned_bytes(plan, case.options.get("remote_kv") == "keep")) for plan in plans) * LAYERS
+    kept, recomputed = case.options.get("remote_kv") == "keep", "gradient_checkpointing" in case.args
+    # A recompute has no rows of the forward, but its out: it fetches once, as any backward, and exchanges heads again.
+    sent = sum(sum(planned_bytes(plan, kept and not recomputed)) for plan in plans) * LAYERS
+    if recomputed and not kept:
+        sent = sent + sum(planned_heads(plan) for plan in plans) * LAYERS
     near = node[:, None] == node
     return {
         "sap/bytes_inside_node": round((sent * near).sum() / steps),

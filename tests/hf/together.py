@@ -6,13 +6,15 @@ launcher with the stacks of all ranks, and fails alone with the ones that came a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import pickle
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.dist import RankError, run_ranks
 
@@ -59,6 +61,26 @@ def _file(folder: str | Path, name: str, rank: int) -> Path:
     return Path(folder) / f"{name}-{rank}.result"
 
 
+@contextlib.contextmanager
+def planned_once() -> Iterator[None]:
+    """Plan each pack once: trainings on the same packs would spend half their time on the same plans."""
+    from sap_hf.models import sharding
+
+    make = sharding.make_plan
+    made: dict[bytes, Any] = {}
+
+    def remembered(request: Any) -> Any:
+        # By value: a Request is equal to no other one.
+        key = pickle.dumps(request)
+        if key not in made:
+            made[key] = make(request)
+        return made[key]
+
+    with mock.patch.object(sharding, "make_plan", remembered):
+        yield
+
+
+@planned_once()
 def _rank(rank: int, world: int, folder: str, scenarios: dict[str, Scenario]) -> None:
     import torch.distributed as dist
     from accelerate import PartialState

@@ -6,6 +6,7 @@ Case -> inputs (the same on every rank) -> run_cases, inside run_ranks -> one An
 from __future__ import annotations
 
 import dataclasses
+import functools
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,18 @@ import sap_hf
 from tests.oracles import documents_alone
 
 TENSORS = ("out", "dq", "dk", "dv", "dsinks")
+# What the right answer depends on. All else in a case is a way to compute it.
+ASKED = (
+    "lengths",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "value_dim",
+    "dtype",
+    "sinks",
+    "options",
+    "seed",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +57,8 @@ class Case:
 
     def plan(self, world: int) -> Any:
         """The plan of this case on `world` ranks, made for the window that it uses."""
-        plan = sap_hf.plan(
-            lengths=list(self.lengths),
+        made = _plan(
+            lengths=self.lengths,
             cp_size=world,
             strategy=self.strategy,
             layout=self.layout,
@@ -57,8 +70,17 @@ class Case:
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
         )
-        # How many stages there are, and whether keys are read in parts, plan() decides by the model.
-        return dataclasses.replace(plan, stages=self.stages, whole=self.whole)
+        return _formed(made, self.stages, self.whole)
+
+
+# Cases of one process share a plan, as the layers of a model do: most of them differ in what it does not know.
+_plan = functools.cache(sap_hf.plan)
+
+
+@functools.cache
+def _formed(made: Any, stages: int, whole: bool) -> Any:
+    # How many stages there are, and whether keys are read in parts, plan() decides by the model.
+    return dataclasses.replace(made, stages=stages, whole=whole)
 
 
 @dataclasses.dataclass
@@ -151,7 +173,13 @@ def join(case: Case, answers: Sequence[dict[str, Any]]) -> dict[str, torch.Tenso
 
 
 def right_answer(case: Case, world: int) -> dict[str, torch.Tensor]:
-    """Each document alone in float64, from the same (rounded) inputs, without padding."""
+    """Each document alone in float64, from the same (rounded) inputs, without padding; the same tensors each time."""
+    asked = {name: getattr(case, name) for name in ASKED}
+    return _right_answer(Case(**asked), world)
+
+
+@functools.cache
+def _right_answer(case: Case, world: int) -> dict[str, torch.Tensor]:
     given = inputs(case, world)
     total = sum(case.lengths)
     q, k, v = (tensor[:total].double().requires_grad_() for tensor in (given.q, given.k, given.v))

@@ -214,12 +214,17 @@ def planned_bytes(plan, keep=False):
         rows = plan.rows_per_rank * (1 - np.eye(plan.cp_size, dtype=int))
     row_bytes = [shape.bytes_per_row for shape in rank_shapes(plan.shape, size)]
     kv = rows * np.tile(row_bytes, groups)[:, None]
-    heads = np.zeros_like(kv)
-    if size > 1:
-        heads = np.kron(np.eye(groups), sum(head_bytes(plan.shape, size, plan.rows_per_rank)))
+    heads = planned_heads(plan)
     # What was sent in the forward comes home as gradients.
     home = kv.T + heads.T
     return kv + heads, home if keep else kv + home
+
+
+def planned_heads(plan):
+    """(W, W) bytes of the heads that a layer's forward exchanges."""
+    size = plan.ulysses_size
+    sent = sum(head_bytes(plan.shape, size, plan.rows_per_rank)) if size > 1 else np.zeros((1, 1))
+    return np.kron(np.eye(plan.cp_size // size), sent)
 
 
 @EACH_CASE
