@@ -9,8 +9,8 @@ holds all parameters. After a warm-up on a few rows the ways take turns. The lea
 every way meets the same parameters, so ways that see the same tokens must find the same loss, which is checked.
 
 A named workload is one pack of `rows`, shared by all ranks: our strategies against each other. `chats` are the lengths
-of the recipes' chats (of at most rows / ranks tokens) with random tokens: a shared pack of `rows`, against every rank
-alone with a pack of rows / ranks or with a padded batch of 8; other chats in every turn.
+of the recipes' chats (of at most `rows` tokens) with random tokens, as many packs of `rows` as ranks: shared by all,
+one after the other, against one on each rank, or a padded batch of 8; other chats in every turn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from peers import MODES, Ringmaster
 from transformers import LlamaForCausalLM
-from ways import HEADS, KV_HEADS, Way, build, chat_ways, shared_ways
+from ways import HEADS, KV_HEADS, Way, build, chat_ways, shared_ways, targets
 
 import sap_hf
 from sap_hf.models.patch import find_patch
@@ -99,8 +99,11 @@ def measure(
         for place, (name, way) in enumerate(ways.items()):
             with way.setup(model):
                 started = clock()
-                loss = model(**way.batches[turn]).loss
-                loss.backward()
+                parts = torch.zeros(2, dtype=torch.float64)
+                for batch in way.batches[turn]:
+                    loss = model(**batch).loss
+                    loss.backward()
+                    parts += torch.tensor([loss.item(), 1.0], dtype=torch.float64) * targets(batch)
                 computed = clock()
                 plan = find_patch(model).sharding.last_plan if find_patch(model) else None
             if place == 0:
@@ -117,7 +120,6 @@ def measure(
             spent[name].compute.append(computed - started)
             spent[name].optimizer.append(stepped - stepping)
             spent[name].plan = plan
-            parts = torch.tensor([loss.item() * way.weights[turn], way.weights[turn]], dtype=torch.float64)
             dist.all_reduce(parts)
             spent[name].loss.append(float(parts[0] / parts[1]))
     return spent, averaging

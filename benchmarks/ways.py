@@ -49,16 +49,14 @@ class Way:
 
     Attributes:
         setup: patches a model for the time of a `with`.
-        batches: what this rank gives the model, turn by turn; the first one warms up.
+        batches: what this rank gives the model in a step, turn by turn; the first turn warms up.
         tokens: real tokens of all ranks' batches, turn by turn.
-        weights: this rank's part in the mean loss of all ranks, turn by turn.
         data: ways with the same name here see the same tokens, and must find the same loss.
     """
 
     setup: Callable[[LlamaForCausalLM], contextlib.AbstractContextManager[object]]
-    batches: list[Batch]
+    batches: list[list[Batch]]
     tokens: list[int]
-    weights: list[float]
     data: str
 
 
@@ -88,7 +86,7 @@ def shared_ways(
     rng = np.random.default_rng(options.seed)
     packs = [pack("short", WARM_UP_ROWS, rng), pack(workload, options.rows, rng)]
     packs += packs[1:] * (turns - 1)
-    batches = [packed(lengths, rng, device) for lengths in packs[:2]]
+    batches = [[packed(lengths, rng, device)] for lengths in packs[:2]]
     batches += batches[1:] * (turns - 1)
     tokens = [int(lengths.sum()) for lengths in packs]
     ways = {
@@ -96,55 +94,54 @@ def shared_ways(
             sharing(options, strategy=strategy, layout=layout, ulysses_size=size),
             batches,
             tokens,
-            [1.0] * len(batches),
             "pack",
         )
         for strategy, layout, size in STRATEGIES
         if size != 2 or world % 2 == 0
     }
     for name, peer in peers.items():
-        cut = [peer.cut(batch, lengths) for batch, lengths in zip(batches, packs)]
-        weights = [float((batch["shift_labels"] != IGNORED).sum()) for batch in cut]
-        ways[name] = Way(peer.on, cut, tokens, weights, "pack")
+        cut = [[peer.cut(batch, lengths) for batch in step] for step, lengths in zip(batches, packs)]
+        ways[name] = Way(peer.on, cut, tokens, "pack")
     return ways
+
+
+def targets(batch: Batch) -> int:
+    """Tokens whose loss a batch adds to the mean."""
+    return int((batch["shift_labels" if "shift_labels" in batch else "labels"] != IGNORED).sum())
 
 
 def chat_ways(
     workload: str, options: argparse.Namespace, device: torch.device, peers: dict[str, Ringmaster]
 ) -> dict[str, Way]:
-    """A pack shared by all ranks, against every rank with chats of its own. Other chats in every turn."""
+    """As many packs as ranks, shared by all ranks one after the other, or one on each; or chats in padded batches.
+
+    Other chats in every turn.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    rng = np.random.default_rng(options.seed)
-    warm = [np.array([WARM_UP_ROWS // world] * world)]
-    own = options.rows // world
-    lengths = chat_lengths(own, (options.turns + 1) * PADDED_BATCH * world)
-    wide = warm + packs_of(lengths, options.rows)[: options.turns]
-    narrow = warm * world + packs_of(lengths, own)[: options.turns * world]
-    flat = warm * world + list(lengths.reshape(-1, PADDED_BATCH))[: options.turns * world]
-    shared = [packed(documents, rng, device) for documents in wide]
-    alone = [packed(documents, np.random.default_rng(i), device) for i, documents in enumerate(narrow)]
+    warm = [np.array([WARM_UP_ROWS // world] * 2)] * world
+    # Enough for the padded batches, and for the packs.
+    lengths = chat_lengths(
+        options.rows, (options.turns + 1) * world * PADDED_BATCH * max(1, options.rows // 2048)
+    )
+    packs = warm + packs_of(lengths, options.rows)[: options.turns * world]
+    flat = warm + list(lengths[: options.turns * world * PADDED_BATCH].reshape(-1, PADDED_BATCH))
+    assert len(packs) == (options.turns + 1) * world, f"{len(lengths)} chats fill {len(packs)} packs"
+    # A pack has the same tokens on whatever rank it is.
+    filled = [packed(documents, np.random.default_rng(i), device) for i, documents in enumerate(packs)]
     rows = [padded(documents, np.random.default_rng(i), device) for i, documents in enumerate(flat)]
-    sums = [
-        [int(sum(map(np.sum, packs[at : at + world]))) for at in range(0, len(packs), world)]
-        for packs in (narrow, flat)
-    ]
-    mine = [batches[rank::world] for batches in (alone, rows)]
-    weights = [[float((batch["labels"] != IGNORED).sum()) for batch in batches] for batches in mine]
+    every, mine, mine_padded = (
+        [batches[at + rank : at + world : step] for at in range(0, len(batches), world)]
+        for batches, rank, step in ((filled, 0, 1), (filled, rank, world), (rows, rank, world))
+    )
+    in_packs, in_rows = (
+        [int(sum(map(np.sum, of[at : at + world]))) for at in range(0, len(of), world)]
+        for of in (packs, flat)
+    )
     return {
-        "auto auto": Way(
-            sharing(options),
-            shared,
-            [int(documents.sum()) for documents in wide],
-            [1.0] * len(shared),
-            "shared",
-        ),
-        f"own pack of {own}, our kernel": Way(
-            sharing(options, group=ALONE), mine[0], sums[0], weights[0], "own"
-        ),
-        f"own pack of {own}, dense mask": Way(contextlib.nullcontext, mine[0], sums[0], weights[0], "own"),
-        f"padded batch of {PADDED_BATCH}": Way(
-            contextlib.nullcontext, mine[1], sums[1], weights[1], "padded"
-        ),
+        "auto auto": Way(sharing(options), every, in_packs, "packs"),
+        "own pack, our kernel": Way(sharing(options, group=ALONE), mine, in_packs, "packs"),
+        "own pack, dense mask": Way(contextlib.nullcontext, mine, in_packs, "packs"),
+        f"padded batch of {PADDED_BATCH}": Way(contextlib.nullcontext, mine_padded, in_rows, "padded"),
     }
 
 

@@ -41,8 +41,8 @@ class SapConfig:
     max_remote_rows: int | None = None
     """Rows of other ranks that a rank holds at once, at least 2: more arrive in stages, in turn. null: no limit."""
     remote_kv: str = "refetch"
-    """refetch | keep: in the backward, receive remote K/V again (less memory) or keep it from the forward. Under gradient
-    checkpointing keep is for exchanged heads: else the recompute exchanges them again."""
+    """refetch | keep: in the backward, receive remote K/V again (less memory) or keep it from the forward. Under
+    gradient checkpointing keep is for exchanged heads: else the recompute exchanges them again."""
     kernel: str = "auto"
     """auto | reference | sdpa (CPU) | varlen (torch, CUDA) | flash (flash-attn, CUDA) | flex (FlexAttention, CUDA)."""
     hardware: str = "auto"

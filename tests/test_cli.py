@@ -353,7 +353,8 @@ def test_bench_step_prints_what_each_strategy_moved_and_took():
         bench_step, 2, [*model, *size, "--strategies", names], init=False, env={"LOCAL_WORLD_SIZE": "1"}
     )
     assert (code, other) == (0, (0, ""))
-    first, head, sap, ulysses, gathered = printed.splitlines()
+    first, head, sap, ulysses, gathered, last = printed.splitlines()
+    assert re.fullmatch(r"planned for cpu: C/c\* = 1,024/[\d,]+ = [\d.]+", last)
     assert (
         first.startswith("2 ranks") and "3 layers with 1:1 heads of 64, packs of 2,048 rows (short)" in first
     )

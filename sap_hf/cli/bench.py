@@ -17,7 +17,7 @@ from sap_hf.cli.plan import heads_option
 from sap_hf.config import STRATEGIES, SapConfig, check_choice
 from sap_hf.errors import ConfigError, LayoutError, SapError
 from sap_hf.planning.cost import Shape
-from sap_hf.planning.render import method
+from sap_hf.planning.render import method, per_critical
 from sap_hf.planning.workloads import WORKLOADS, pack
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def _steps(options: argparse.Namespace) -> None:
             f"{'strategy':<12}{'last plan':<34}{'step ms':>9}{'wait ms':>9}{'MB in node':>12}{'MB between':>12}"
             f"{'imbalance':>11}{'plan ms':>9}{'tokens/s':>10}"
         )
+        plan = None
         for strategy in options.strategies:
             # Otherwise heads are exchanged where that is faster than what was named.
             size = "auto" if strategy in ("auto", "ulysses") else 1
@@ -137,6 +138,8 @@ def _steps(options: argparse.Namespace) -> None:
                 f"{found['sap/bytes_between_nodes'] / 1e6:>12.2f}{found['sap/imbalance']:>11.2f}"
                 f"{found['sap/plan_ms']:>9.1f}{options.rows / found['step_seconds']:>10,.0f}"
             )
+        if plan is not None:
+            say(f"planned for {plan.hardware.name}: {per_critical(plan)}")
 
 
 def _shape(options: argparse.Namespace) -> Shape:

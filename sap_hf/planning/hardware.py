@@ -1,4 +1,4 @@
-"""Hardware: a machine in a dozen numbers, by name, or from a file that `sap-hf bench --calibrate` wrote."""
+"""Hardware: a machine in fourteen numbers, by name, or from a file that `sap-hf bench --calibrate` wrote."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ class Hardware:
     """Fixed cost of one message."""
     step_seconds: float
     """Fixed cost of starting a group of messages."""
+    blocking_seconds: float
+    """Fixed cost of an exchange between two kernels, which both wait for: ranks that come late included."""
     contention: float
     """Part of its speed that a kernel loses while an exchange is under way: NCCL computes on the same chip."""
     ranks_per_node: int
@@ -66,13 +68,15 @@ PRESETS = {
         # 400 of 989 dense bf16 TFLOP/s reached by flash attention; NVLink 4 and one 400 Gbit/s NIC per GPU, less
         # overhead. Flash attention's tiles have 128 rows on a side: of a causal one half is computed in vain, and it
         # takes about as long to begin and to end.
-        Hardware("h100", 4e14, 3.5e14, 2.5e12, 6e-6, 128, 128, 3e11, 4e10, 4e10, 3e-6, 2e-5, 0.2, 8),
+        Hardware("h100", 4e14, 3.5e14, 2.5e12, 6e-6, 128, 128, 3e11, 4e10, 4e10, 3e-6, 2e-5, 2e-5, 0.2, 8),
         # 312 dense TFLOP/s; NVLink 3 and one 200 Gbit/s NIC per GPU.
-        Hardware("a100", 1.8e14, 1.6e14, 1.5e12, 6e-6, 128, 128, 2e11, 2e10, 2e10, 3e-6, 2e-5, 0.2, 8),
+        Hardware("a100", 1.8e14, 1.6e14, 1.5e12, 6e-6, 128, 128, 2e11, 2e10, 2e10, 3e-6, 2e-5, 2e-5, 0.2, 8),
         # A box of PCIe 4.0 x16 cards without NVLink (L40S, A6000), one 100 Gbit/s NIC for all eight.
-        Hardware("pcie", 1.5e14, 1.2e14, 7e11, 6e-6, 128, 128, 1.6e10, 1.5e9, 1.2e10, 1e-5, 3e-5, 0.2, 8),
+        Hardware(
+            "pcie", 1.5e14, 1.2e14, 7e11, 6e-6, 128, 128, 1.6e10, 1.5e9, 1.2e10, 1e-5, 3e-5, 3e-5, 0.2, 8
+        ),
         # gloo over loopback between single-core processes.
-        Hardware("cpu", 3e10, 2e10, 5e9, 3e-5, 64, 64, 1e9, 1e8, 1e9, 1e-4, 2e-4, 0.2, 64),
+        Hardware("cpu", 3e10, 2e10, 5e9, 3e-5, 64, 64, 1e9, 1e8, 1e9, 1e-4, 2e-4, 2e-4, 0.2, 64),
     )
 }
 

@@ -110,6 +110,6 @@ def head_seconds(shape: Shape, ulysses_size: int, rows: int, hardware: Hardware)
         )
         # Heads that leave together are put together first, and taken apart where they arrive.
         copied = 2 * (sent.sum(axis=0) + sent.sum(axis=1)) / hardware.copy_bytes_per_s
-        started = hardware.step_seconds + (ulysses_size - 1) * hardware.message_seconds
+        started = hardware.blocking_seconds + (ulysses_size - 1) * hardware.message_seconds
         seconds += link + copied + started
     return seconds

@@ -128,6 +128,13 @@ def figures(plan: Plan) -> dict[str, Any]:
     }
 
 
+def per_critical(plan: Plan) -> str:
+    """C/c*, the rows of a rank over c* of the slowest link: below 1 a row travels longer than it is computed on."""
+    inside, between = critical(plan).values()
+    rows = inside if plan.cp_size <= plan.hardware.ranks_per_node else between
+    return f"C/c* = {plan.rows_per_rank:,}/{rows:,} = {plan.rows_per_rank / rows:.2g}"
+
+
 def critical(plan: Plan) -> dict[str, int]:
     """c* of the plan's layer on its hardware, in rows."""
     return {

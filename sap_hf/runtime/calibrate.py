@@ -77,6 +77,7 @@ def calibrate(name: str, shape: Shape, device: torch.device) -> Hardware:
         network_alone_bytes_per_s=max(alone or 0.0, network or node or 0.0),
         message_seconds=message,
         step_seconds=max(first - message, message),
+        blocking_seconds=max(_blocking_seconds(compute, per_node, device), first),
         contention=_contention(compute, *far, device),
         ranks_per_node=per_node,
     )
@@ -200,6 +201,13 @@ def _contention(
     return min(max((both - max(alone, exchange)) / min(alone, exchange), 0.0), 0.9)
 
 
+def _blocking_seconds(compute: Callable[[], object], per_node: int, device: torch.device) -> float:
+    """What a small exchange among neighbours adds to what is computed before it."""
+    alone = _mean_seconds(compute, device)
+    span = per_node if per_node > 1 else dist.get_world_size()
+    return _exchange(1, span, SMALL_BYTES, 1, device, before=compute) - alone
+
+
 def _exchange(
     peer_distance: int,
     span: int,
@@ -207,12 +215,13 @@ def _exchange(
     messages: int,
     device: torch.device,
     beside: Callable[[], object] = lambda: None,
+    before: Callable[[], object] = lambda: None,
     one_in: int = 1,
 ) -> float:
     """Seconds of one exchange in which every rank sends to the one `peer_distance` further within each `span`.
 
     Args:
-        beside: what is computed while it is under way.
+        beside: what is computed while it is under way. before: what is computed first.
         one_in: of so many neighbours only the first one sends and receives.
     """
     rank, group = dist.get_rank(), dist.group.WORLD
@@ -226,6 +235,7 @@ def _exchange(
         sends, receives = [(there, part) for part in leaving], [(here, part) for part in coming]
         if rank % one_in:
             sends, receives = [], []
+        before()
         pending = transport.current().post(sends, receives, group)
         beside()
         pending.wait()

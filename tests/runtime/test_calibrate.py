@@ -1,6 +1,7 @@
 """Calibration: every rank gets the same plausible machine, its file is read back, and misuse is refused."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -36,28 +37,26 @@ def measure(rank, world, per_node, slow=False):
     module.SECONDS, module.LONG = 0.02, 0.02
     shape = Shape(2, 1, 32)
     with transport.using(Slow() if slow else transport.current()):
-        return dataclasses.astuple(module.calibrate("here", shape, torch.device("cpu")))
+        return module.calibrate("here", shape, torch.device("cpu"))
 
 
 def test_all_ranks_get_the_same_machine():
     found = run_ranks(measure, 2, 2, env={"LOCAL_WORLD_SIZE": "2"})
     assert found[0] == found[1]
-    assert found[0][0] == "here"
-    assert found[0][-1] == 2
+    assert (found[0].name, found[0].ranks_per_node) == ("here", 2)
 
 
 def test_two_nodes_are_measured_apart():
-    *_, node, network, alone, _, _, contention, per_node = run_ranks(
-        measure, 4, 2, env={"LOCAL_WORLD_SIZE": "2"}
-    )[0]
-    assert per_node == 2
-    assert 0 <= contention < 1
-    assert alone >= network
-    assert node != network
+    found = run_ranks(measure, 4, 2, env={"LOCAL_WORLD_SIZE": "2"})[0]
+    assert found.ranks_per_node == 2
+    assert 0 <= found.contention < 1
+    assert found.network_alone_bytes_per_s >= found.network_bytes_per_s
+    assert found.node_bytes_per_s != found.network_bytes_per_s
 
 
 def test_a_slow_wire_is_found():
-    *_, node, _, _, message, _, _, _ = run_ranks(measure, 2, 2, True, env={"LOCAL_WORLD_SIZE": "2"})[0]
+    found = run_ranks(measure, 2, 2, True, env={"LOCAL_WORLD_SIZE": "2"})[0]
+    node, message = found.node_bytes_per_s, found.message_seconds
     assert Slow.BYTES_PER_S / 8 < node < Slow.BYTES_PER_S
     # A difference of two measurements, of which a busy machine may lengthen one.
     assert message > Slow.SECONDS / 2
@@ -93,6 +92,36 @@ def test_a_kernel_that_loses_speed_to_an_exchange_is_found():
     found = run_ranks(contended, 2, 0.5, env={"LOCAL_WORLD_SIZE": "2"})[0]
     assert 0.35 < found < 0.75
     assert run_ranks(contended, 2, 0.0, env={"LOCAL_WORLD_SIZE": "2"})[0] < 0.2
+
+
+def late(rank, world, apart):
+    """What a blocking exchange costs where one rank computes longer in one round, and the other one in the next."""
+    rounds = itertools.count(rank)
+
+    def compute():
+        module.time.sleep(0.04 + (apart if next(rounds) % 2 else -apart))
+
+    module.SECONDS = 0.4
+    return module._blocking_seconds(compute, world, torch.device("cpu"))
+
+
+def test_waiting_for_ranks_that_come_late_is_found():
+    env = {"LOCAL_WORLD_SIZE": "2"}
+    assert 0.01 < run_ranks(late, 2, 0.02, env=env)[0] < 0.035
+    assert run_ranks(late, 2, 0.0, env=env)[0] < 0.01
+
+
+def test_a_rate_and_what_a_row_costs_are_told_apart():
+    rows, document, flops_per_pair, rate, tile = 2048, 256, 2048.0, 5e10, 180.0
+    one, many = (
+        (rows * (length + 1) / 2 + tile * rows) * flops_per_pair / rate for length in (rows, document)
+    )
+    found = module.rate_and_row(rows, document, one, many, flops_per_pair)
+    assert found == pytest.approx((rate, tile))
+    # Short documents that take no longer than their pairs, or longer than a long one: nothing is known of rows.
+    for strange in (one * document / rows, 1.1 * one):
+        found, row = module.rate_and_row(rows, document, one, strange, flops_per_pair)
+        assert (found, row) == (pytest.approx(rows * (rows + 1) / 2 * flops_per_pair / one), 0.0)
 
 
 def write(rank, world, path):
