@@ -113,7 +113,7 @@ def attention(
     heads = held = None
     if plan.ulysses_size > 1:
         assert process_group is not None, "heads are exchanged within a process group"
-        heads = HeadExchange.of(q, k, process_group, rank, plan.cp_size, plan.ulysses_size)
+        heads = HeadExchange.of(q, k, process_group, rank, plan.ulysses_size)
         if not heads.mine.even:
             chosen = Uneven(chosen, heads.mine.readers)
         held = kept if remote_kv == "keep" else None

@@ -1,6 +1,6 @@
 """The exchange of heads for rows, and back: U neighbouring ranks of the cp group compute some heads of all their rows.
 
-q_CHD -> q_RhD with R = U * C rows and h of the H heads; out_RhD -> out_CHD. q, k and v travel in one all-to-all. A kv
+q_CHD -> q_RhD with R = U * C rows and h of the H heads; out_RhD -> out_CHD. q, k and v travel in one message to each. A kv
 head that query heads of several ranks read goes to each of them, and its gradients are summed in rank order.
 """
 
@@ -42,15 +42,14 @@ class HeadExchange:
 
     group: dist.ProcessGroup
     rank: int
-    cp_size: int
     heads: tuple[Heads, ...]
 
     @classmethod
     def of(
-        cls, q: torch.Tensor, k: torch.Tensor, group: dist.ProcessGroup, rank: int, cp_size: int, size: int
+        cls, q: torch.Tensor, k: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int
     ) -> HeadExchange:
         """For q (C, H, D) and k (C, K, D), among `size` neighbours."""
-        return cls(group, rank, cp_size, split_heads(q.shape[1], k.shape[1], size))
+        return cls(group, rank, split_heads(q.shape[1], k.shape[1], size))
 
     @property
     def mine(self) -> Heads:
@@ -68,12 +67,21 @@ class HeadExchange:
         return _Gather.apply(out, self, kept)  # type: ignore[no-any-return, no-untyped-call]
 
     def swap(self, send: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        """What neighbours send to this rank: flat `send` and the result hold `sent` and `received` elements each."""
-        size, first = len(self.heads), self.rank - self.rank % len(self.heads)
+        """What neighbours send to this rank: flat `send` and the result hold `sent` and `received` elements each.
+
+        Messages among neighbours, and no collective of the whole group: that has empty ones for all other ranks, which
+        gloo sends, and which wait behind rows on the way to other nodes.
+        """
+        me = self.rank % len(self.heads)
         receive = send.new_empty(sum(received))
-        after = self.cp_size - first - size
-        counts = ([0] * first + part + [0] * after for part in (sent, received))
-        transport.current().post_all_to_all(send, receive, *counts, self.group).wait()
+        leaving, coming = send.split(sent), receive.split(received)
+        sends, receives = (
+            [(self.rank - me + peer, part) for peer, part in enumerate(parts) if peer != me]
+            for parts in (leaving, coming)
+        )
+        pending = transport.current().post(sends, receives, self.group)
+        coming[me].copy_(leaving[me])
+        pending.wait()
         return receive
 
     def to_heads(self, tensors: tuple[torch.Tensor, ...], ranges: list[tuple[slice, ...]]) -> torch.Tensor:

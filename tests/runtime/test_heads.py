@@ -20,7 +20,7 @@ def exchange(rank, world, size, heads, kv_heads):
     whole, case = material(world, heads, kv_heads), (size, heads, kv_heads)
     own = slice(rank * ROWS, (rank + 1) * ROWS)
     q, k, v = (tensor[own].clone().requires_grad_() for tensor in whole)
-    there = HeadExchange.of(q, k, dist.group.WORLD, rank, world, size)
+    there = HeadExchange.of(q, k, dist.group.WORLD, rank, size)
     its, first = there.mine, rank - rank % size
     neighbours = slice(first * ROWS, (first + size) * ROWS)
     got = there.scatter(q, k, v)
