@@ -1,6 +1,6 @@
 """The exchange of heads for rows, and back: U neighbouring ranks of the cp group compute some heads of all their rows.
 
-q_CHD -> q_RhD with R = U * C rows and h of the H heads; out_RhD -> out_CHD. q, k and v travel in one message to each. A kv
+q_CHD -> q_RhD with R = U * C rows and h of the H heads; out_RhD -> out_CHD. q, k and v travel together. A kv
 head that query heads of several ranks read goes to each of them, and its gradients are summed in rank order.
 """
 
