@@ -61,6 +61,9 @@ BYTES_COUNT = dataclasses.replace(
     backward_flops_per_s=1e9,
     node_bytes_per_s=1e6,
     call_seconds=1e-9,
+    tile_keys=0,
+    tile_rows=0,
+    blocking_seconds=1e-9,
     message_seconds=1e-9,
     step_seconds=1e-9,
 )
