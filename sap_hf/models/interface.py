@@ -38,7 +38,7 @@ class Shard:
         plan: how the ranks of `group` attend to this pack.
         layers: ids of the attention layers, and of those that mix neighbouring tokens, of the model that is running.
         seen: ids of the layers that came through here in this forward.
-        kept: per layer, out and lse between a checkpointed forward and its recompute; None without checkpointing.
+        kept: what each layer holds between a checkpointed forward and its recompute; None without checkpointing.
         running: the forward has not ended: a layer that comes is no recompute.
     """
 
@@ -51,7 +51,7 @@ class Shard:
     running: bool = True
 
     def keep(self, layer: torch.nn.Module) -> Kept | None:
-        """Where this layer's out and lse wait for its recompute; None where they do not."""
+        """Where what this layer holds waits for its recompute; None where nothing does."""
         if self.kept is None:
             return None
         if self.running and id(layer) in self.seen:

@@ -191,6 +191,15 @@ def _all(rank: int, size: int, make: Make, ways: Mapping[str, Way], some: Iterab
     return {case: attempt(make, case, ways[case.way], rank, size) for case in some}
 
 
+def seen_through_a_rank(layer: Any, rows: int) -> float:
+    """How much the last third of a document's rows differs when the first third is another; of its largest entry."""
+    x, _ = inputs(layer, rows)
+    other = torch.cat([-x[: rows // 3], x[rows // 3 :]])
+    with torch.no_grad(), families.only_float64():
+        one, two = (through(layer, each)[2 * rows // 3 :] for each in (x, other))
+    return float((one - two).abs().max() / one.abs().max())
+
+
 def assert_exact(found: OnRanks, make: Make, case: Case, size: int) -> None:
     """All that the ranks found is what the documents alone give, in parts of the largest entry of each."""
     for what, (one, other) in _pairs(_together(found, case, size), _truth(make, case)).items():
