@@ -19,6 +19,8 @@ from sap_hf.planning.schedule import sum_by
 
 # A balanced layout's busiest rank has at most this much of the mean work, in thousandths.
 LIMIT = 1050
+# What `portfolio` weighs besides in small packs: where links are slow, less to move is worth uneven work.
+LOOSER = (1120, 1200)
 # With at most this many documents per rank starts differ. With at most this many documents times ranks besides, there
 # is time to improve several, the one that should move least first. Elsewhere the first start does.
 FEW_PER_RANK = 8
@@ -34,17 +36,9 @@ Start = tuple[Int64, Int64, Int64]
 Waiting = tuple[int, int, int, int]
 
 
-def balanced(
-    documents: Documents, cp_size: int, windows: Mapping[int | None, int], multiple: int = 1
-) -> Layout:
-    """The least rows moved subject to an imbalance of at most 1.05; the least imbalance where none reaches that.
-
-    Args:
-        windows: {window: number of layers}: the balance is over all of them.
-        multiple: of which the rows of a rank are one.
-    """
-    p = Problem(documents.lengths, cp_size, windows, multiple)
-    small = _is_small(documents, cp_size)
+def balanced(documents: Documents, p: Problem) -> Layout:
+    """The least rows moved subject to an imbalance of at most 1.05; the least imbalance where none reaches that."""
+    small = _is_small(p)
     starts = {name: make(p) for name, make in MEMBERS.items()} if small else {}
     names = sorted(starts, key=lambda name: expected_rows(p, starts[name])) or list(MEMBERS)
     tries = len(ALWAYS) if small else 1
@@ -67,23 +61,27 @@ def balanced(
     return lay_out(documents, p, *best[1:])
 
 
-def portfolio(
-    documents: Documents, cp_size: int, windows: Mapping[int | None, int], multiple: int = 1
-) -> list[Layout]:
+def portfolio(documents: Documents, p: Problem) -> list[Layout]:
     """What "auto" weighs beside the layouts of neighbours: `balanced`, or in small packs every start, improved.
 
-    There `balanced` is one of them. In others each takes as long again, and one is weighed besides: where documents
-    are few, ZIGZAG shares long ones so that no link is much busier than the others.
+    There `balanced` is one of them, and the first starts are improved up to looser limits too. In others each takes as
+    long again, and one is weighed besides: where documents are few, ZIGZAG shares long ones so that no link is much
+    busier than the others.
     """
-    p = Problem(documents.lengths, cp_size, windows, multiple)
-    few, small = len(documents) <= FEW_PER_RANK * cp_size, _is_small(documents, cp_size)
-    names = list(MEMBERS) if small else [ZIGZAG] if few else []
-    weighed = [lay_out(documents, p, improve(p, *MEMBERS[name](p), LIMIT), name) for name in names]
-    return weighed if small else [balanced(documents, cp_size, windows, multiple), *weighed]
+    names = list(STARTS) if _is_small(p) else [ZIGZAG] if _has_few(p) else []
+    weighed = []
+    for name in names:
+        member, limit = STARTS[name]
+        weighed.append(lay_out(documents, p, improve(p, *MEMBERS[member](p), limit), name))
+    return weighed if _is_small(p) else [balanced(documents, p), *weighed]
 
 
-def _is_small(documents: Documents, cp_size: int) -> bool:
-    return len(documents) <= FEW_PER_RANK * cp_size and len(documents) * cp_size <= FEW
+def _has_few(p: Problem) -> bool:
+    return len(p.lengths) <= FEW_PER_RANK * p.cp_size
+
+
+def _is_small(p: Problem) -> bool:
+    return _has_few(p) and len(p.lengths) * p.cp_size <= FEW
 
 
 def _above_limit(p: Problem, runs: Int64) -> int:
@@ -291,14 +289,16 @@ def expected_rows(p: Problem, start: Start) -> int:
 def lay_out(documents: Documents, p: Problem, runs: Int64, start: str) -> Layout:
     """Runs (rank, document, start, stop) as a Layout; padding fills what is left of C. start: what they come from."""
     cp_size, share = p.cp_size, p.rows_per_rank
-    # Ranks that share the longest documents become neighbours: they are the likeliest to be in one node.
-    longest = np.full(cp_size, len(documents), np.int64)
-    place = np.empty(len(documents), np.int64)
-    place[p.by_work] = np.arange(len(documents))
-    np.minimum.at(longest, runs[:, 0], place[runs[:, 1]])
-    name = np.empty(cp_size, np.int64)
-    name[np.argsort(longest, kind="stable")] = np.arange(cp_size)
-    rank, first = name[runs[:, 0]], documents.cu_seqlens[runs[:, 1]]
+    rank, first = runs[:, 0], documents.cu_seqlens[runs[:, 1]]
+    if p.node >= cp_size:
+        # Ranks that share the longest documents become neighbours: they are the likeliest to be in one node.
+        longest = np.full(cp_size, len(documents), np.int64)
+        place = np.empty(len(documents), np.int64)
+        place[p.by_work] = np.arange(len(documents))
+        np.minimum.at(longest, runs[:, 0], place[runs[:, 1]])
+        name = np.empty(cp_size, np.int64)
+        name[np.argsort(longest, kind="stable")] = np.arange(cp_size)
+        rank = name[rank]
     # What reads rows of other ranks comes last, so that its queries lie together, and so do all others.
     missing = share - sum_by(rank, runs[:, 3] - runs[:, 2], cp_size)
     stop = documents.rows + np.cumsum(missing)
@@ -328,4 +328,13 @@ MEMBERS: Mapping[str, Callable[[Problem], Start]] = {
     **ALWAYS,
     ZIGZAG: lambda p: zigzag_parts(p, 900),
     "chunks": chunks,
+}
+# What is weighed of a small pack: every member, and some up to looser limits. {name of the start: (member, limit)}.
+STARTS: Mapping[str, tuple[str, int]] = {
+    **{name: (name, LIMIT) for name in MEMBERS},
+    **{
+        f"{name} to {limit}": (name, limit)
+        for name in ("document_aware", "document_aware 1000", "zigzag_parts")
+        for limit in LOOSER
+    },
 }

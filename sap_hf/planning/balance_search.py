@@ -10,6 +10,7 @@ import itertools
 
 import numpy as np
 
+from sap_hf.planning.balance_nodes import into_nodes
 from sap_hf.planning.balance_swap import Problem, swap
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.schedule import sum_by
@@ -82,7 +83,8 @@ def cut_work(ranks: Ranks, most: int, budget: int) -> None:
     p, work = ranks.p, ranks.work
     aim = (most + p.share) // 2
     for _ in range(budget):
-        busy, idle = work.index(max(work)), work.index(min(work))
+        busy = work.index(max(work))
+        idle = _idlest(ranks, busy, aim)
         amount = min(work[busy] - aim, aim - work[idle])
         if work[busy] <= most or amount <= 0:
             return
@@ -106,16 +108,28 @@ def cut_work(ranks: Ranks, most: int, budget: int) -> None:
         ranks.give(busy, at, idle, rows, head)
 
 
+def _idlest(ranks: Ranks, busy: int, aim: int) -> int:
+    """The rank with least work: of the busy one's node, if that can take half of what is above `aim`."""
+    work = ranks.work
+    near = min(ranks.p.near[busy], key=work.__getitem__)
+    return near if 2 * (aim - work[near]) >= work[busy] - aim else work.index(min(work))
+
+
 def fill(ranks: Ranks, most: int) -> None:
     """Move heads, tails and whole runs from ranks with more than C rows to the emptiest, until none has more."""
     p = ranks.p
     room, penalty = p.rows_per_rank, 4 * p.rows_per_rank
+    everyone = range(p.cp_size)
     for source in sorted(range(p.cp_size), key=lambda r: -ranks.rows[r]):
         while ranks.rows[source] > room:
-            wanted = min(ranks.rows[source] - room, room - min(ranks.rows))
+            # Ranks of other nodes only when none of this one has room.
+            near = p.near[source]
+            some = near if min(ranks.rows[near.start : near.stop]) < room else everyone
+            emptiest = min(ranks.rows[some.start : some.stop])
+            wanted = min(ranks.rows[source] - room, room - emptiest)
             # Of the ranks that can take half of it, the one with least work.
             fits = room - (wanted + 1) // 2
-            to = min([r for r, held in enumerate(ranks.rows) if held <= fits], key=ranks.work.__getitem__)
+            to = min([r for r in some if ranks.rows[r] <= fits], key=ranks.work.__getitem__)
             wanted = min(wanted, room - ranks.rows[to])
             spare, burden = most - ranks.work[to], ranks.work[source] - most
             mine, cut = ranks.runs[source], ranks.cut
@@ -166,9 +180,10 @@ def trade(ranks: Ranks, most: int, budget: int) -> None:
     """Trade rows of the busiest rank for as many lighter ones of the idlest until no rank has more than `most` work."""
     p, work = ranks.p, ranks.work
     for _ in range(budget):
-        busy, idle = work.index(max(work)), work.index(min(work))
+        busy = work.index(max(work))
         if work[busy] <= most:
             return
+        idle = _idlest(ranks, busy, p.share)
         amount = min(work[busy] - p.share, p.share - work[idle])
         mine, theirs = ranks.runs[busy], ranks.runs[idle]
         deep = sorted(range(len(mine)), key=lambda i: -mine[i][2])[:CUT_AMONG]
@@ -249,7 +264,11 @@ def improve(p: Problem, runs: Int64, item: Int64, rank: Int64, limit: int) -> In
     work = sum_by(item, p.upto(runs[:, 2]) - p.upto(runs[:, 1]), len(rank))
     rows = sum_by(item, runs[:, 2] - runs[:, 1], len(rank))
     rank = swap(p, rank, *p.shares(work, rows), min(16, 4 + p.cp_size // 2))
-    ranks = Ranks(p, np.concatenate([rank[item][:, None], runs], axis=1))
+    owner = rank[item]
+    if p.node < p.cp_size:
+        # Before anything is cut: rows are then given to ranks of the same node first.
+        owner = into_nodes(p, runs, owner)[owner]
+    ranks = Ranks(p, np.concatenate([owner[:, None], runs], axis=1))
     allowed = p.share * (limit - 1) // 1000
     for turn in range(TURNS):
         # Each turn aims lower, so that what the filling adds ends below the limit.

@@ -37,6 +37,7 @@ class Problem:
         lengths: (N,) rows of each document.
         windows: {window: number of layers}; the work of a row is the keys it sees, summed over the layers.
         multiple: C is a multiple of it.
+        node: neighbouring ranks whose links to each other are faster than others, if not all are alike.
         rows_per_rank: C.
         work: (N,) of each document.
         share: the mean work of a rank.
@@ -47,6 +48,7 @@ class Problem:
     cp_size: int
     windows: Mapping[int | None, int]
     multiple: int = 1
+    node: int = 1 << 62
     rows_per_rank: int = dataclasses.field(init=False)
     work: Int64 = dataclasses.field(init=False)
     share: int = dataclasses.field(init=False)
@@ -58,6 +60,12 @@ class Problem:
         object.__setattr__(self, "work", self.upto(self.lengths))
         object.__setattr__(self, "share", max(1, int(self.work.sum()) // self.cp_size))
         object.__setattr__(self, "full", self.windows[None] if list(self.windows) == [None] else 0)
+
+    @functools.cached_property
+    def near(self) -> list[range]:
+        """Of each rank, the ranks of its node."""
+        firsts = (rank - rank % self.node for rank in range(self.cp_size))
+        return [range(first, min(first + self.node, self.cp_size)) for first in firsts]
 
     @property
     def reach(self) -> int | None:

@@ -18,6 +18,7 @@ from sap_hf.config import (
 )
 from sap_hf.errors import ConfigError, DocumentError, LayoutError
 from sap_hf.planning.balance import balanced, portfolio
+from sap_hf.planning.balance_swap import Problem
 from sap_hf.planning.cost import Shape
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.hardware import PRESETS, Hardware, find_hardware
@@ -228,9 +229,9 @@ def tree(request: Request) -> Branch:
         return Branch(even, lambda: placed(size, groups))
 
     def placed(size: int, groups: int) -> Iterator[Branch]:
-        weighed = [
-            planned(size, layout) for layout in placements(documents, groups, request.layout, windows, size)
-        ]
+        node = max(1, request.hardware.ranks_per_node // size)
+        made = placements(documents, groups, request.layout, windows, size, node)
+        weighed = [planned(size, layout) for layout in made]
         # The most even first: its time is the least that is known before a schedule is made.
         least = kernel_seconds(weighed)
         for number in sorted(range(len(weighed)), key=least.__getitem__):
@@ -311,18 +312,25 @@ def _weighed(plans: list[Plan]) -> list[Plan]:
 
 
 def placements(
-    documents: Documents, cp_size: int, layout: str, windows: Mapping[Window, int], multiple: int = 1
+    documents: Documents,
+    cp_size: int,
+    layout: str,
+    windows: Mapping[Window, int],
+    multiple: int = 1,
+    node: int | None = None,
 ) -> list[Layout]:
     """The layouts that `layout` stands for: one, or for "auto" all that are weighed.
 
     Args:
         multiple: of which the rows of a rank are one.
+        node: ranks of one node, among which rows move faster; None where all links are alike.
     """
     if layout in MAKERS:
         return [MAKERS[layout](documents.rows, cp_size, multiple)]
     if cp_size == 1:
         return [contiguous(documents.rows, cp_size, multiple)]
+    p = Problem(documents.lengths, cp_size, windows, multiple, node or cp_size)
     if layout == "balanced":
-        return [balanced(documents, cp_size, windows, multiple)]
+        return [balanced(documents, p)]
     neighbours = [make(documents.rows, cp_size, multiple) for make in MAKERS.values()]
-    return neighbours + portfolio(documents, cp_size, windows, multiple)
+    return neighbours + portfolio(documents, p)

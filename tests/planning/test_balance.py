@@ -1,5 +1,6 @@
 """The balanced layout: even work, equal rows, little moved, and the same on every rank."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 
 import sap_hf
 from sap_hf.planning import Documents, workloads
-from sap_hf.planning.balance import MEMBERS, ZIGZAG
+from sap_hf.planning.balance import STARTS, ZIGZAG
+from sap_hf.planning.balance_nodes import into_nodes
 from sap_hf.planning.balance_search import Ranks, trade
 from sap_hf.planning.balance_swap import Problem
+from sap_hf.planning.hardware import PRESETS
 from sap_hf.planning.layout import rows_held, work_held
 from sap_hf.planning.render import share
 from sap_hf.simulation.placement import RANKS, placement_table
@@ -141,7 +144,7 @@ def test_auto_weighs_every_start_of_a_small_pack_and_fewer_of_larger_ones():
         ]
 
     lengths = np.arange(1, 1001)
-    assert starts(lengths[:64]) == list(MEMBERS)
+    assert starts(lengths[:64]) == list(STARTS)
     assert starts(lengths[:500]) == ["document_aware", ZIGZAG]
     assert starts(lengths) == ["document_aware"]
 
@@ -203,6 +206,47 @@ def test_trading_evens_out_work_and_leaves_every_rank_its_number_of_rows(layers)
         assert (runs[mine, 3] - runs[mine, 2]).sum() == 1000
         assert work[mine].sum() == ranks.work[rank] <= most
     assert work.sum() == p.work.sum()
+
+
+@settings(max_examples=60)
+@given(packs, ranks, st.integers(1, 5), st.randoms(use_true_random=False))
+def test_neighbours_are_the_same_ranks_in_another_order(lengths, cp_size, node, random):
+    p = Problem(np.array(lengths), cp_size, {None: 1}, node=node)
+    halves = [(i, *part) for i, n in enumerate(lengths) for part in ((0, n // 2), (n // 2, n)) if n > 1]
+    runs = np.array(halves, np.int64).reshape(-1, 3)
+    owner = np.array([random.randrange(cp_size) for _ in halves], np.int64)
+    assert sorted(into_nodes(p, runs, owner).tolist()) == list(range(cp_size))
+
+
+def test_ranks_that_read_most_of_each_other_become_neighbours_and_nodes_even():
+    # Of the long document rank 3 reads 900 rows of rank 0, of the short one rank 2 reads 50 of rank 3.
+    p = Problem(np.array([1000, 100, 400, 300]), 4, {None: 1}, node=2)
+    runs = np.array([[0, 0, 900], [0, 900, 1000], [1, 0, 50], [1, 50, 100], [2, 0, 400], [3, 0, 300]])
+    number = into_nodes(p, runs, np.array([0, 3, 3, 2, 1, 2]))
+    assert number[0] // 2 == number[3] // 2 != number[1] // 2 == number[2] // 2
+    # No document is shared: the busiest and the idlest rank are one node.
+    whole = np.array([[0, 0, 1000], [1, 0, 100], [2, 0, 400], [3, 0, 300]])
+    number = into_nodes(p, whole, np.arange(4))
+    assert number[0] // 2 == number[1] // 2 != number[2] // 2 == number[3] // 2
+
+
+def far_rows(plan, node):
+    nodes = np.arange(plan.cp_size) // node
+    return int(plan.rows_moved[nodes[:, None] != nodes].sum())
+
+
+@pytest.mark.parametrize("name", ["megatron", "short"])
+def test_what_moves_moves_inside_nodes_first(name):
+    far = {8: 0, 32: 0}
+    for seed in range(4):
+        lengths = workloads.pack(name, 32 * 8192, np.random.default_rng(seed))
+        for node in far:
+            hardware = dataclasses.replace(PRESETS["h100"], ranks_per_node=node)
+            plan = sap_hf.plan(lengths, cp_size=32, layout="balanced", hardware=hardware)
+            assert plan.imbalance <= 1.05
+            far[node] += far_rows(plan, 8)
+    # 32 ranks in one node need not know what lies beyond 8.
+    assert far[8] < 0.5 * far[32]
 
 
 def test_documents_that_fit_are_not_cut():
