@@ -28,7 +28,7 @@ class Layout:
         rows_per_rank: C.
         segments: (n, 3) int64 columns rank, start, stop: half-open row ranges, sorted by rank, and within a rank
             in the order in which the rank stores them. Together they are [0, W * C).
-        start: of a balanced layout, the start of `balance.STARTS` that it was improved from; else empty.
+        start: of a balanced layout, the member of `balance.MEMBERS` that it was improved from; else empty.
     """
 
     name: str
