@@ -156,8 +156,8 @@ def _groups(store: Store, device: torch.device, limit: float) -> list[Finding]:
         world_size=world,
         timeout=timedelta(seconds=2 * limit + LINKS_SECONDS),
     )
-    host = whole_run().host
-    side = "" if host is None or host is dist.group.WORLD else ", gloo beside it for the host"
+    group = whole_run()
+    side = "" if group.host is group.device else ", gloo beside it for the host"
     return [Finding(OK, "process groups", f"{backend}{side}: {world} ranks")]
 
 

@@ -6,6 +6,7 @@ batch, and let FSDP2 shard and reduce over cp. Their own context parallelism sta
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import Any
@@ -16,7 +17,7 @@ from accelerate.state import AcceleratorState
 
 from sap_hf.config import check_ulysses_size
 from sap_hf.errors import LayoutError
-from sap_hf.runtime.group import ALONE, CpGroup, attach_group, leave_at_exit, ranks_per_node
+from sap_hf.runtime.group import ALONE, CpGroup, attach_group, consecutive, leave_at_exit, ranks_per_node
 
 
 class SapPlugin(ParallelismConfig):  # type: ignore[misc]
@@ -143,7 +144,7 @@ class SapPlugin(ParallelismConfig):  # type: ignore[misc]
             self.resolve(processes, AcceleratorState().distributed_type == "FSDP")
             if processes > 1 and device_type is not None:
                 self.device_mesh = self.build_device_mesh(device_type)
-                self.group = self._cp_group(device_type)
+                self.group = self._cp_group()
                 if dist.get_rank() == 0:
                     self._warn_of_straddling(processes)
         attach_group(self.group)
@@ -214,15 +215,12 @@ class SapPlugin(ParallelismConfig):  # type: ignore[misc]
                 stacklevel=3,
             )
 
-    def _cp_group(self, device_type: str) -> CpGroup:
+    def _cp_group(self) -> CpGroup:
+        """The ranks of the cp axis, the mesh's fastest-varying one, on other process groups than the mesh's."""
         if self.cp_size == 1:
             return ALONE
-        group = self.device_mesh["cp"].get_group()
-        host, job = group, dist.group.WORLD
-        if device_type != "cpu":
-            host, job = _host_group(self.cp_size), dist.new_group(backend="gloo")
         leave_at_exit()
-        return CpGroup(group, host, job, self.cp_size, dist.get_rank(group), self.ulysses_size)
+        return dataclasses.replace(consecutive(self.cp_size), ulysses_size=self.ulysses_size)
 
     def _validate_accelerator(self, accelerator: Any) -> None:
         """Sizes were settled against the processes when the mesh was built."""
@@ -244,18 +242,6 @@ class SapPlugin(ParallelismConfig):  # type: ignore[misc]
     def __deepcopy__(self, memo: dict[int, Any]) -> SapPlugin:
         # TrainingArguments are copied; process groups cannot be.
         return self
-
-
-def _host_group(cp_size: int) -> dist.ProcessGroup:
-    """A gloo group over this rank's cp group: cp is the fastest-varying mesh axis. All ranks make all groups."""
-    mine = None
-    for first in range(0, dist.get_world_size(), cp_size):
-        ranks = list(range(first, first + cp_size))
-        group = dist.new_group(ranks, backend="gloo")
-        if dist.get_rank() in ranks:
-            mine = group
-    assert mine is not None
-    return mine
 
 
 def _multiple(of: int, least: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import datetime
 import functools
 import os
 import sys
@@ -24,7 +25,8 @@ class CpGroup:
     """The ranks that share one pack.
 
     Attributes:
-        device: carries K and V (NCCL on CUDA, gloo on CPU). None for a single process without torch.distributed.
+        device: carries K and V (NCCL on CUDA, gloo on CPU), and nothing else. None for a single process without
+            torch.distributed.
         host: a gloo group over the same ranks, for a few bytes per batch that never touch the device.
         job: a gloo group over all ranks of the run: those of other cp groups wait for this one's gradients.
         ulysses_size: neighbours that exchange heads, or auto; what a SapConfig says goes first.
@@ -41,6 +43,8 @@ class CpGroup:
 ALONE = CpGroup(None, None, None, 1, 0)
 _attached: CpGroup | None = None
 _warm: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+# By the run's default process group, then by cp_size.
+_made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, CpGroup]] = weakref.WeakKeyDictionary()
 
 
 def attach_group(group: CpGroup | None) -> None:
@@ -59,6 +63,7 @@ def _leave() -> None:
     # After an exception the others may be inside a collective; waiting for them here would hide the traceback.
     if getattr(sys, "last_value", None) is None and dist.is_initialized():
         attach_group(None)
+        _made.clear()
         dist.destroy_process_group()
 
 
@@ -106,13 +111,33 @@ def attached() -> CpGroup | None:
     return _attached
 
 
+def consecutive(cp_size: int) -> CpGroup:
+    """This process among each `cp_size` consecutive ranks, on process groups of its own.
+
+    The default group and those of a DeviceMesh carry what DDP and FSDP reduce while the backward runs (a mesh axis that
+    spans the run has the default group itself), and what one communicator carries goes one after the other: on NCCL in
+    one stream, on gloo through two threads and one connection to each peer. Rows would wait behind buckets of 25 MB.
+    So would agreements about batches; they share the rows' group where that is gloo: all come from the thread that
+    runs the model.
+
+    Made once per cp_size, by all ranks of the run alike, each of which makes the groups of all.
+    """
+    world = dist.group.WORLD
+    assert world is not None, "cp groups are made of the ranks of a process group"
+    made = _made.setdefault(world, {})
+    if cp_size not in made:
+        device = _among(cp_size)
+        host = device if dist.get_backend(device) == "gloo" else _among(cp_size, "gloo")
+        job = host if cp_size == dist.get_world_size() else _among(dist.get_world_size(), "gloo")
+        made[cp_size] = CpGroup(device, host, job, cp_size, dist.get_rank(device))
+    return made[cp_size]
+
+
 def world() -> CpGroup:
     """All ranks of the run as one cp group."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return ALONE
-    whole = dist.group.WORLD
-    host = whole if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    return CpGroup(whole, host, host, dist.get_world_size(), dist.get_rank())
+    return consecutive(dist.get_world_size())
 
 
 def ranks_per_node() -> int | None:
@@ -215,3 +240,22 @@ def _check_same(groups: torch.Tensor, size: int) -> None:
 
 def _signed(word: int) -> int:
     return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def _among(size: int, backend: str | None = None) -> dist.ProcessGroup:
+    """This rank's one of the groups of `size` consecutive ranks; the default group's backend unless one is given."""
+    mine = None
+    for first in range(0, dist.get_world_size(), size):
+        ranks = list(range(first, first + size))
+        group = dist.new_group(ranks, _patience(), backend)
+        if dist.get_rank() in ranks:
+            mine = group
+    assert mine is not None
+    return mine
+
+
+def _patience() -> datetime.timedelta | None:
+    """The timeout that the script gave the default group; torch gives a new one its own default. None: it has none."""
+    world: Any = dist.group.WORLD
+    options = getattr(world._get_backend(world._device_types[0]), "options", None)
+    return None if options is None else options._timeout

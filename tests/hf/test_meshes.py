@@ -1,4 +1,7 @@
-"""Every mesh of data parallel x sap x ulysses on 4 and 8 ranks trains as the documents alone in one process."""
+"""Every mesh of data parallel x sap x ulysses on 4 and 8 ranks trains as the documents alone in one process.
+
+And no row travels on a group that reduces gradients.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ import yaml
 
 import sap_hf
 from sap_hf.planning.hardware import PRESETS
+from sap_hf.runtime import transport
 from tests.hf import material, oracle
-from tests.hf.scenarios import Case, build, parity
+from tests.hf.scenarios import Case, build, force_fsdp2, parity
 from tests.hf.together import Together
 
 PACKS = (*material.PACKS, (13, 12), (1,) * 9)
@@ -96,6 +100,69 @@ def changing(folder: str, hardware: str) -> dict[str, Any]:
     }
 
 
+class Carriers(transport.Transport):
+    """Notes the groups that carry rows and heads."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def post(self, sends: Any, receives: Any, group: Any) -> transport.Pending:
+        self.names.add(group.group_name)
+        return super().post(sends, receives, group)
+
+    def post_all_to_all(
+        self, send: Any, receive: Any, send_rows: Any, receive_rows: Any, group: Any
+    ) -> transport.Pending:
+        self.names.add(group.group_name)
+        return super().post_all_to_all(send, receive, send_rows, receive_rows, group)
+
+    def post_all_gather(self, send: Any, receive: Any, group: Any) -> transport.Pending:
+        self.names.add(group.group_name)
+        return super().post_all_gather(send, receive, group)
+
+
+def carriers(folder: str, case: Case) -> dict[str, Any]:
+    """Train; the names of the groups that carried rows and agreements, and of those of DDP, FSDP and the mesh."""
+    from accelerate.state import AcceleratorState
+
+    trainer = build(case, folder)
+    if case.fsdp2:
+        force_fsdp2(trainer)
+    sap_hf.attach(trainer, cp_size=case.cp_size, **case.options)
+    with transport.using(Carriers()) as seen:
+        trainer.train()
+    plugin = AcceleratorState().parallelism_config
+    mesh = plugin.device_mesh
+    joined = [mesh[name] for name in ("dp_cp", "dp_shard_cp")]
+    groups = [dist.group.WORLD, *mesh.get_all_groups(), *(each.get_group() for each in joined)]
+    if not case.fsdp2:
+        groups.append(trainer.model_wrapped.process_group)
+    assert isinstance(seen, Carriers)
+    return {
+        "carried": seen.names,
+        "ours": {each.group_name for each in (plugin.group.device, plugin.group.host, plugin.group.job)},
+        "theirs": {each.group_name for each in groups},
+        "cp is the default group": mesh["cp"].get_group() is dist.group.WORLD,
+        "same ranks": dist.get_process_group_ranks(plugin.group.device)
+        == dist.get_process_group_ranks(mesh["cp"].get_group()),
+        "steps": trainer.state.global_step,
+    }
+
+
+# A long document: rows of it travel in every way.
+CARRIED = {
+    f"carriers-{dp}x{sap}x{ulysses}{'-fsdp2' * fsdp2}": Case(
+        cp_size=sap * ulysses,
+        groups=dp,
+        packs=((40,),) * dp,
+        model=llama,
+        fsdp2=fsdp2,
+        options={"ulysses_size": ulysses},
+    )
+    for dp, sap, ulysses in ((1, 4, 1), (1, 2, 2), (2, 2, 1))
+    for fsdp2 in (False, True)
+}
+
 ALL = [(world, name) for world, cases in CASES.items() for name in cases]
 
 
@@ -109,6 +176,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Together]:
             hardware = folder / "bytes.yaml"
             hardware.write_text(yaml.safe_dump(dataclasses.asdict(BYTES_COUNT)))
             scenarios["changing"] = (changing, {"hardware": str(hardware)})
+            scenarios |= {name: (carriers, {"case": case}) for name, case in CARRIED.items()}
         started[world] = Together(folder, world, scenarios)
     return started
 
@@ -132,3 +200,16 @@ def test_the_degree_changes_from_batch_to_batch_and_no_group_is_made_for_it(
         assert len(set(result["groups"])) == 1
         assert oracle.worst(result["losses"], run.losses) < material.EXACT
         assert oracle.worst(result["parameters"], run.parameters) < material.EXACT
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_rows_and_agreements_share_no_group_with_gradients_or_the_mesh(
+    trained: Mapping[int, Together], name: str
+) -> None:
+    for result in trained[4][name]:
+        assert result["steps"] == 1
+        assert len(result["carried"]) == 1 and result["carried"] <= result["ours"]
+        assert not result["ours"] & result["theirs"]
+        assert result["same ranks"]
+        # What torch does, and why the mesh's group would not do.
+        assert result["cp is the default group"] == (CARRIED[name].cp_size == 4)

@@ -178,6 +178,7 @@ def meshes(rank: int, world: int, shapes: list[Shape]) -> list[dict[str, Any]]:
                 "groups unused": groups_unused,
                 "two": hierarchy["sap", "ulysses"].mesh.flatten().tolist(),
                 "cp": dist.get_process_group_ranks(plugin.group.device),
+                "apart": plugin.group.device not in (dist.group.WORLD, *mesh.get_all_groups()),
                 "heads": peers.heads,
                 "rows": peers.rows,
             }
@@ -239,6 +240,7 @@ def test_every_axis_has_its_name_and_its_ranks(found: Any, world: int, at: int) 
         assert result["axes"] == expected, f"rank {rank}"
         assert result["groups"] == expected, f"rank {rank}"
         assert result["two"] == result["cp"]
+        assert result["apart"]
         assert result["same"]
 
 

@@ -1,13 +1,18 @@
-"""The one thing that ranks tell each other per batch: whether they were given the same one."""
+"""What ranks tell each other per batch, whether they were given the same one, and the groups that they do it on."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
+import sap_hf
 from sap_hf.errors import DocumentError, SapError
-from sap_hf.runtime.group import ALONE, CpGroup, agree, agree_ahead
-from tests.dist import run_ranks
+from sap_hf.runtime.collectives import sum_over_ranks
+from sap_hf.runtime.group import ALONE, CpGroup, agree, agree_ahead, consecutive
+from sap_hf.runtime.group import world as world_group
+from tests.dist import GROUP_TIMEOUT_SECONDS, run_ranks
 
 LARGEST = 2**64 - 1
+WORLD = 4
 
 
 def check(rank, world):
@@ -92,3 +97,65 @@ def test_agreeing_ahead_tells_all_ranks_of_all_groups_the_same():
 def test_a_single_process_agrees_ahead_when_there_is_a_batch():
     assert agree_ahead(None, 1, True, (1, 2)) == (True, True)
     assert agree_ahead(None, 1, True, None) == (True, False)
+
+
+def check_apart(rank, world):
+    """By cp_size, what this rank's groups are like; meanwhile others' all-reduces wait for the last ranks."""
+    found = {}
+    for cp_size in (2, 4):
+        group = consecutive(cp_size)
+        # More than gloo has threads for one group: whatever else came to it would wait for the others too.
+        pending = [dist.all_reduce(torch.ones(1), async_op=True) for _ in range(4)] if rank == 0 else []
+        for options in (
+            {"strategy": "all_gather", "delivery": "all_gather"},
+            {"strategy": "sap", "delivery": "all_to_all"},
+            {"strategy": "sap", "delivery": "p2p"},
+            {"strategy": "ulysses", "ulysses_size": cp_size},
+        ):
+            plan = sap_hf.plan([8 * cp_size], cp_size=cp_size, num_heads=4, num_kv_heads=4, **options)
+            q, k, v = (torch.ones(plan.rows_per_rank, 4, 8, requires_grad=True) for _ in range(3))
+            sap_hf.attention(q, k, v, plan, group=group.device).sum().backward()
+            sum_over_ranks(torch.ones(()), group)
+            agree(group, (7, cp_size), None, training=True)
+            agree(group, (7, cp_size), None, training=False)
+        pending += [dist.all_reduce(torch.ones(1), async_op=True) for _ in range(4)] if rank else []
+        for work in pending:
+            work.wait()
+        found[cp_size] = {
+            "ranks": [dist.get_process_group_ranks(each) for each in (group.device, group.host, group.job)],
+            "rank": group.rank,
+            "again": consecutive(cp_size) is group,
+            "timeouts": {
+                each._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+                for each in (group.device, group.host, group.job)
+            },
+        }
+    found["world"] = world_group() is consecutive(world)
+    return found
+
+
+@pytest.fixture(scope="module")
+def apart():
+    return run_ranks(check_apart, WORLD, timeout=50)
+
+
+def test_rows_and_agreements_do_not_wait_for_gradients(apart):
+    # The ranks came back.
+    assert len(apart) == WORLD
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_every_rank_is_among_its_consecutive_ranks(apart, cp_size):
+    for rank, found in enumerate(apart):
+        first = rank - rank % cp_size
+        mine = list(range(first, first + cp_size))
+        assert found[cp_size]["ranks"] == [mine, mine, list(range(WORLD))]
+        assert found[cp_size]["rank"] == rank - first
+
+
+def test_groups_are_made_once_and_are_as_patient_as_the_script_wants(apart):
+    for found in apart:
+        assert found["world"]
+        for cp_size in (2, 4):
+            assert found[cp_size]["again"]
+            assert found[cp_size]["timeouts"] == {GROUP_TIMEOUT_SECONDS}
