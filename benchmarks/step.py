@@ -14,7 +14,7 @@ the same loss, in every turn, and the same averaged gradients, in the first one:
 
 A named workload is one pack of `rows`, shared by all ranks: our strategies against each other. `chats` are the lengths
 of the recipes' chats (of at most `rows` tokens) with random tokens, as many packs of `rows` as ranks: shared by all,
-one after the other, against one on each rank, or a padded batch of 8; other chats in every turn.
+one after the other or at once, against one on each rank, or a padded batch of 8; other chats in every turn.
 """
 
 from __future__ import annotations

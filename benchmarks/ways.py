@@ -113,7 +113,7 @@ def targets(batch: Batch) -> int:
 def chat_ways(
     workload: str, options: argparse.Namespace, device: torch.device, peers: dict[str, Ringmaster]
 ) -> dict[str, Way]:
-    """As many packs as ranks, shared by all ranks one after the other, or one on each; or chats in padded batches.
+    """As many packs as ranks, shared by all ranks one after the other or at once, or one on each; or padded batches.
 
     Other chats in every turn.
     """
@@ -139,6 +139,7 @@ def chat_ways(
     )
     return {
         "auto auto": Way(sharing(options), every, in_packs, "packs"),
+        "auto, packs together": Way(sharing(options), [[joined(step)] for step in every], in_packs, "packs"),
         "own pack, our kernel": Way(sharing(options, group=ALONE), mine, in_packs, "packs"),
         "own pack, dense mask": Way(contextlib.nullcontext, mine, in_packs, "packs"),
         f"padded batch of {PADDED_BATCH}": Way(contextlib.nullcontext, mine_padded, in_rows, "padded"),
@@ -169,6 +170,11 @@ def packed(lengths: np.ndarray, rng: np.random.Generator, device: torch.device) 
     positions = torch.cat([torch.arange(length) for length in lengths.tolist()])[None]
     batch = {"input_ids": ids, "labels": ids.masked_fill(positions == 0, IGNORED), "position_ids": positions}
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def joined(packs: list[Batch]) -> Batch:
+    """One row of several, as a collator makes it of a batch of packs."""
+    return {name: torch.cat([pack[name] for pack in packs], dim=1) for name in packs[0]}
 
 
 def padded(lengths: np.ndarray, rng: np.random.Generator, device: torch.device) -> Batch:

@@ -52,13 +52,14 @@ def test_chats_are_trained_shared_alone_and_padded(tmp_path):
     record = json.loads(out.read_text())
     assert list(record["tokens"]) == [
         "auto auto",
+        "auto, packs together",
         "own pack, our kernel",
         "own pack, dense mask",
         "padded batch of 8",
     ]
-    # Two packs, shared one after the other or one on each rank, are the same tokens.
+    # Two packs, shared one after the other or at once or one on each rank, are the same tokens.
     tokens = [tokens for name, tokens in record["tokens"].items() if "padded" not in name]
-    assert tokens == tokens[:1] * 3
+    assert tokens == tokens[:1] * 4
     assert 512 < tokens[0][0] <= 1024
     assert record["loss_difference"] < 1e-5
     # As much as if the batches had been one: several on each rank, or one on each of several.
