@@ -71,7 +71,8 @@ def patch_model(
     Args:
         model: a causal language model, or a PEFT model around one.
         config: a SapConfig, the path of its YAML, or None; options override its fields.
-        group: the ranks that share a batch; None is the group that SapPlugin made, else all ranks.
+        group: the ranks that share a batch; None is the group that SapPlugin made, else all ranks, which make process
+            groups of their own the first time: all of them must come here.
 
     A deep copy of a patched model is a plain one.
 
