@@ -21,8 +21,8 @@ from sap_hf.config import SapConfig
 from sap_hf.errors import UnsupportedAttention
 from sap_hf.planning import Plan
 from sap_hf.runtime import attention
-from sap_hf.runtime.attention import Kept
 from sap_hf.runtime.group import CpGroup
+from sap_hf.runtime.layer import Kept
 
 # No "flash" and no "/" in it: both would change what transformers does with the name.
 NAME = "sap"

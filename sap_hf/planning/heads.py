@@ -72,6 +72,30 @@ def split_heads(num_heads: int, num_kv_heads: int, ulysses_size: int) -> tuple[H
 
 
 @functools.lru_cache
+def split_turns(
+    num_heads: int, num_kv_heads: int, ulysses_size: int, turns: int
+) -> tuple[tuple[Heads, ...], ...]:
+    """The heads of each rank in each of `turns`, one after the other: kv heads in order, the first turns have one more.
+
+    In fewer turns where a rank has fewer kv heads.
+    """
+    split = split_heads(num_heads, num_kv_heads, ulysses_size)
+    turns = min(turns, *(its.kv_count for its in split))
+    return tuple(zip(*(_in_turns(its, turns) for its in split), strict=True))
+
+
+def _in_turns(its: Heads, turns: int) -> list[Heads]:
+    least, more = divmod(its.kv_count, turns)
+    found, kv, q = [], its.kv.start, its.q.start
+    for turn in range(turns):
+        count = least + (turn < more)
+        readers = its.readers[kv - its.kv.start :][:count]
+        found.append(Heads(slice(q, q + sum(readers)), slice(kv, kv + count), readers))
+        kv, q = kv + count, q + sum(readers)
+    return found
+
+
+@functools.lru_cache
 def rank_shapes(shape: Shape, ulysses_size: int) -> tuple[Shape, ...]:
     """What each of the ranks computes after the exchange."""
     return tuple(

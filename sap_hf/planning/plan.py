@@ -50,6 +50,8 @@ class Plan:
         whole: every query is computed at once, when all its keys are there; all of them are held then.
         max_remote_rows: rows of other ranks that a rank holds at once; more stages keep to it. None: no limit.
         ulysses_size: U, neighbouring ranks that exchange heads: each computes a part of the heads, on all their rows.
+        turns: parts of a rank's kv heads that are computed one after the other: the exchange of the others goes on
+            meanwhile. Fewer where a rank has fewer kv heads.
     """
 
     documents: Documents
@@ -64,6 +66,7 @@ class Plan:
     whole: bool = False
     max_remote_rows: int | None = None
     ulysses_size: int = 1
+    turns: int = 1
     _layers: dict[Window, Layer] = dataclasses.field(default_factory=dict, init=False, repr=False)
     # What the runtime derives from a plan (compiled programs, device tensors) lives as long as the plan.
     derived: dict[object, object] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -276,7 +279,7 @@ class Plan:
     def digest(self) -> int:
         """64-bit identity of placement, schedules and delivery: equal digests mean equal plans."""
         state = hashlib.blake2b(digest_size=8)
-        state.update(f"{self.strategy} {self.ulysses_size} {self.cp_size}".encode())
+        state.update(f"{self.strategy} {self.ulysses_size} {self.turns} {self.cp_size}".encode())
         state.update(self.documents.cu_seqlens.astype("<i8").tobytes())
         state.update(self.placement.segments.astype("<i8").tobytes())
         for window in sorted(self.windows, key=lambda w: -1 if w is None else w):

@@ -1,13 +1,11 @@
 """The one differentiable operation: attention over a pack that several ranks hold together, for any plan.
 
-This rank's q, k, v and a Plan -> this rank's out. The executor runs the plan's Program operation by operation:
-forward, it receives remote K/V while local tiles run and merges by log-sum-exp; backward, it runs every tile with the
-final out and lse and sends dK/dV straight to their owners.
+This rank's q, k, v and a Plan -> this rank's out. `runtime.layer` runs the plan's program; where ranks exchange heads,
+`runtime.turns` runs it on some heads after the other.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -16,31 +14,15 @@ import torch
 import torch.distributed as dist
 
 from sap_hf.errors import ConfigError, TensorError
-from sap_hf.kernels import Kernel, Scoring, Uneven, pick
+from sap_hf.kernels import Scoring, pick
 from sap_hf.planning import Plan
-from sap_hf.runtime import transport
-from sap_hf.runtime.arena import arena
-from sap_hf.runtime.device_program import DeviceCall, DeviceProgram, load
-from sap_hf.runtime.exchange import collect, fetch, send_home
+from sap_hf.runtime.device_program import load
 from sap_hf.runtime.group import resolve, warm
-from sap_hf.runtime.heads import HeadExchange, Kept
-from sap_hf.runtime.keys import Keys, KeySums
-from sap_hf.runtime.parts import Parts, QuerySums
+from sap_hf.runtime.layer import Kept, Layer, backward, forward
+from sap_hf.runtime.turns import attend_in_turns
 
 # The answer is the same for every layer and batch; looking for installed kernels is not free.
 _pick = functools.cache(pick)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Layer:
-    """What one attention layer needs beside its tensors."""
-
-    loaded: DeviceProgram
-    kernel: Kernel
-    group: dist.ProcessGroup | None
-    scoring: Scoring
-    keep_remote_kv: bool
-    kept: Kept | None
 
 
 def attention(
@@ -110,15 +92,6 @@ def attention(
             f"{plan.max_remote_rows}) has room for {loaded.program.slots} of {len(loaded.program.exchanges)} stages.\n"
             "  Use remote_kv='refetch', or strategy sap or all_gather without max_remote_rows."
         )
-    heads = held = None
-    if plan.ulysses_size > 1:
-        assert process_group is not None, "heads are exchanged within a process group"
-        heads = HeadExchange.of(q, k, process_group, rank, plan.ulysses_size)
-        if not heads.mine.even:
-            chosen = Uneven(chosen, heads.mine.readers)
-        held = kept if remote_kv == "keep" else None
-        q, k, v = heads.scatter(q, k, v, held)
-        sinks = None if sinks is None else sinks[heads.mine.q]
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     layer = Layer(
         loaded=loaded,
@@ -126,33 +99,33 @@ def attention(
         group=process_group,
         scoring=Scoring(scale, loaded.program.window, softcap),
         keep_remote_kv=remote_kv == "keep",
-        kept=kept,
     )
-    out: torch.Tensor = _Attention.apply(q, k, v, sinks, layer)  # type: ignore[no-untyped-call]
-    return out if heads is None else heads.gather(out, held)
+    if plan.ulysses_size > 1:
+        return attend_in_turns(q, k, v, sinks, plan, rank, layer, kept)
+    out: torch.Tensor = _Attention.apply(q, k, v, sinks, layer, kept)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Attention(torch.autograd.Function):
+    """Of rows that this rank holds alone, all heads."""
+
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, layer: Layer
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        layer: Layer,
+        kept: Kept | None,
     ) -> torch.Tensor:
-        kept, buffer = layer.kept, None
-        # Under checkpointing the recompute has no buffer to keep: it must save what the forward saved.
-        keep = layer.keep_remote_kv and kept is None and len(layer.loaded.program.exchanges) > 0
-        if kept is not None and kept.tensors is not None:
-            (out, lse), kept.tensors = kept.tensors, None
+        buffer = None
+        if kept is not None and kept.computed is not None:
+            ((out, lse),), kept.computed = kept.computed, None
         else:
-            with torch.autocast(q.device.type, enabled=False):
-                out, lse, buffer = _forward(q, k, v, layer, keep)
-                if sinks is not None:
-                    # A sink is one more part with out = 0: merging it only shrinks what is there.
-                    with_sink = torch.logaddexp(lse, sinks.to(lse.dtype))
-                    out *= torch.exp(lse - with_sink).unsqueeze(-1)
-                    lse = with_sink
-                out = out.to(q.dtype)
+            out, lse, buffer = forward(q, k, v, sinks, layer, layer.keeps(kept))
             if kept is not None:
-                kept.tensors = (out.detach(), lse)
+                kept.computed = [(out.detach(), lse)]
         ctx.save_for_backward(q, k, v, out, lse, sinks, buffer)
         ctx.layer = layer
         return out
@@ -160,129 +133,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse, sinks, buffer = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
-            dout = dout.contiguous()
-            dq, dk, dv = _backward(dout, q, k, v, out, lse, buffer, ctx.layer)
-            dsinks = None
-            if sinks is not None:
-                delta = (out.to(lse.dtype) * dout.to(lse.dtype)).sum(-1)
-                dsinks = -(torch.exp(sinks.to(lse.dtype) - lse) * delta).sum(0).to(sinks.dtype)
-        return dq, dk, dv, dsinks, None
-
-
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Layer, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """out (C, H, Dv) and lse (C, H), and the K/V buffer with what was received, if kept."""
-    loaded, program = layer.loaded, layer.loaded.program
-    if program.alone:
-        return *layer.kernel.forward(q, k, v, loaded.calls[0].segments, layer.scoring), None
-    row = k.shape[1] * (k.shape[2] + v.shape[2])
-    space = arena(q, {k.dtype: (sum(program.packed_rows) + (0 if keep else program.buffer_rows)) * row})
-    keys = Keys.of(k, v, loaded, None if keep else space)
-    rooms = [space.take((rows, *keys.buffer.shape[1:]), k.dtype) for rows in program.packed_rows]
-    parts = Parts(q, v.shape[-1], program)
-    pending: dict[int, transport.Pending] = {}
-    for operation in program.forward:
-        at = operation.at
-        if operation.kind == "post":
-            pending[at] = fetch(keys.buffer, loaded, at, layer.group, rooms[at % program.slots])
-        elif operation.kind == "wait":
-            pending.pop(at).wait()
-        else:
-            _attend(q, keys, parts, loaded.calls[at], layer)
-    return *parts.all(), keys.buffer if keep else None
-
-
-# What a call gathers and returns dies with the function: the next call must not find it alive.
-def _attend(q: torch.Tensor, keys: Keys, parts: Parts, call: DeviceCall, layer: Layer) -> None:
-    """Run one call."""
-    place = parts.place(call.q)
-    part = layer.kernel.forward(call.q.take(q), *keys.read_by(call), call.segments, layer.scoring, place)
-    parts.add(call.q, *part, place)
-
-
-def _backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    buffer: torch.Tensor | None,
-    layer: Layer,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv of this rank's own rows."""
-    loaded, program = layer.loaded, layer.loaded.program
-    if program.alone:
-        segments = loaded.calls[0].segments
-        dq, dk, dv = layer.kernel.backward(dout, q, k, v, out, lse, segments, layer.scoring)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-    operations = program.backward if buffer is None else program.backward_kept
-    row = k.shape[1] * (k.shape[2] + v.shape[2])
-    # Rows are packed where gradients come home later, unless the next stage is packed before they have.
-    packs = program.packed_rows if program.slots < len(program.exchanges) else ()
-    wire = sum(map(sum, program.return_rows)) + sum(packs) + (program.buffer_rows if buffer is None else 0)
-    sizes = {k.dtype: wire * row}
-    sizes[lse.dtype] = sizes.get(lse.dtype, 0) + program.buffer_rows * row
-    space = arena(q, sizes)
-    keys = Keys.of(k, v, loaded, space) if buffer is None else Keys(k, v, buffer)
-    shape = keys.buffer.shape[1:]
-    rooms = [
-        (space.take((leave, *shape), k.dtype), space.take((come, *shape), k.dtype))
-        for leave, come in program.return_rows
-    ]
-    packing = [space.take((rows, *shape), k.dtype) for rows in packs] or [come for _, come in rooms]
-    sums = QuerySums(q, lse.dtype, program)
-    key_sums = KeySums(k, v, space.take((program.buffer_rows, *shape), lse.dtype), loaded)
-    pending: dict[int, transport.Pending] = {}
-    home: dict[int, torch.Tensor] = {}
-    for operation in operations:
-        at = operation.at
-        if operation.kind == "post":
-            pending[at] = fetch(keys.buffer, loaded, at, layer.group, packing[at % program.slots])
-        elif operation.kind == "wait":
-            pending.pop(at).wait()
-        elif operation.kind == "post_return":
-            room = rooms[at % program.slots]
-            pending[at], home[at] = send_home(key_sums.sums, loaded, at, layer.group, room)
-        elif operation.kind == "wait_return":
-            pending.pop(at).wait()
-            collect(key_sums.sums, home.pop(at), loaded, at)
-        else:
-            _attend_backward(dout, q, keys, out, lse, sums, key_sums, loaded.calls[at], layer)
-    return sums.all(), *key_sums.all()
-
-
-def _attend_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    keys: Keys,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    sums: QuerySums,
-    key_sums: KeySums,
-    call: DeviceCall,
-    layer: Layer,
-) -> None:
-    """Add one call's gradients to those of q, k and v."""
-    rows = call.q
-    of_query = sums.place(rows)
-    # dK and dV that the kernel sums over heads lie elsewhere: their places would only be held for longer.
-    of_keys = (None, None) if isinstance(layer.kernel, Uneven) else key_sums.places(call)
-    part_q, part_k, part_v = layer.kernel.backward(
-        rows.take(dout),
-        rows.take(q),
-        *keys.read_by(call),
-        rows.take(out),
-        rows.take(lse),
-        call.segments,
-        layer.scoring,
-        (of_query, *of_keys),
-    )
-    sums.add(rows, part_q, of_query)
-    key_sums.add(call, part_k, part_v, of_keys)
+        return *backward(dout, *ctx.saved_tensors, ctx.layer), None, None
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, plan: Plan) -> None:

@@ -52,6 +52,7 @@ class Case:
     whole: bool = True
     max_remote_rows: int | None = None
     ulysses_size: int = 1
+    turns: int = 1
     heads_first: bool = False
     seed: int = 0
 
@@ -70,7 +71,7 @@ class Case:
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
         )
-        return _formed(made, self.stages, self.whole)
+        return _formed(made, self.stages, self.whole, self.turns)
 
 
 # Cases of one process share a plan, as the layers of a model do: most of them differ in what it does not know.
@@ -78,9 +79,9 @@ _plan = functools.cache(sap_hf.plan)
 
 
 @functools.cache
-def _formed(made: Any, stages: int, whole: bool) -> Any:
-    # How many stages there are, and whether keys are read in parts, plan() decides by the model.
-    return dataclasses.replace(made, stages=stages, whole=whole)
+def _formed(made: Any, stages: int, whole: bool, turns: int) -> Any:
+    # How many stages and turns there are, and whether keys are read in parts, plan() decides by the model.
+    return dataclasses.replace(made, stages=stages, whole=whole, turns=turns)
 
 
 @dataclasses.dataclass

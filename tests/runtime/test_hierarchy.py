@@ -8,6 +8,7 @@ import pytest
 
 import sap_hf
 from sap_hf.errors import ConfigError, LayoutError
+from sap_hf.planning.heads import split_turns
 from tests.dist import run_ranks
 from tests.runtime.parity import Case, judge, run_cases
 from tests.runtime.test_parity import FEATURES, FLOAT64, HEADS, LAYOUTS, PACKS
@@ -31,6 +32,7 @@ def cases_of(world):
             heads=heads,
             kv_heads=kv_heads,
             ulysses_size=size,
+            turns=1 + number // 3 % 3,
             delivery=next(deliveries),
             heads_first=number % 3 == 0,
             remote_kv="keep" if number % 4 == 1 and strategy != "ring" else "refetch",
@@ -68,6 +70,20 @@ def test_the_cases_meet_every_pack_and_every_feature_with_several_groups():
     assert {case.lengths for case in cases} == set(PACKS)
     assert len({(case.options, case.sinks, case.value_dim) for case in cases}) == len(FEATURES)
     assert any(not case.heads % case.kv_heads and case.heads % case.ulysses_size for case in cases)
+    met = {(len(turns_of(case)), case.strategy, case.remote_kv) for case in cases}
+    assert met >= {(n, "sap", kv) for n in (1, 2) for kv in ("keep", "refetch")} | {(3, "sap", "refetch")}
+    assert met >= {(2, strategy, "refetch") for strategy in STRATEGIES}
+    # A kv head that two ranks compute in different turns.
+    assert any(
+        len({number for number, turn in enumerate(turns_of(case)) for its in turn if its.kv == slice(1, 2)})
+        > 1
+        for case in cases
+        if case.kv_heads == 3
+    )
+
+
+def turns_of(case):
+    return split_turns(case.heads, case.kv_heads, case.ulysses_size, case.turns)
 
 
 def test_a_group_of_neighbours_holds_what_one_rank_of_the_outer_plan_would():

@@ -8,6 +8,7 @@ import torch
 import sap_hf
 from sap_hf.planning import compile_program
 from sap_hf.runtime import transport
+from sap_hf.runtime.device_program import load
 from tests.dist import run_ranks
 from tests.runtime.parity import Case, inputs
 
@@ -75,14 +76,14 @@ def record(rank, world, cases):
     """What each case's forward and backward did on this rank, next to what its program says."""
     import importlib
 
-    attention = importlib.import_module("sap_hf.runtime.attention")
+    layer = importlib.import_module("sap_hf.runtime.layer")
     found = []
     for case in cases:
         given, plan = inputs(case, world), case.plan(world)
         rows = torch.from_numpy(plan.rows(rank))
         q, k, v = (tensor[rows].requires_grad_() for tensor in (given.q, given.k, given.v))
         log = []
-        originals = attention._attend, attention._attend_backward
+        originals = layer._attend, layer._attend_backward
 
         def watched(name, log=log, originals=originals):
             original = originals[name == "_attend_backward"]
@@ -95,7 +96,7 @@ def record(rank, world, cases):
             return watch
 
         for name in ("_attend", "_attend_backward"):
-            setattr(attention, name, watched(name))
+            setattr(layer, name, watched(name))
         try:
             with transport.using(Recorder(log)):
                 options = dict(case.options)
@@ -105,8 +106,8 @@ def record(rank, world, cases):
                 out.backward(given.dout[rows])
                 issued.append(list(log))
         finally:
-            attention._attend, attention._attend_backward = originals
-        calls = attention.load(plan, rank, options.get("window"), q.device).calls
+            layer._attend, layer._attend_backward = originals
+        calls = load(plan, rank, options.get("window"), q.device).calls
         found.append([[_plain(entry, calls) for entry in part] for part in issued])
     return found
 

@@ -18,8 +18,8 @@ from tests.oracles import documents_alone
 from tests.runtime.doubles import LateTransport
 
 FLOAT64 = 1e-10
-WORLD = 3
-HEADS, KV_HEADS, WIDTH = 4, 2, 4
+WORLD = 4
+HEADS, KV_HEADS, WIDTH = 8, 4, 2
 MODEL_WIDTH = HEADS * WIDTH
 # One window per layer: a window layer between full ones has a schedule of its own.
 WINDOWS = (None, 3, None)
@@ -32,17 +32,22 @@ WAYS = (
     "other_thread",
     "checkpoint_other_thread",
 )
+# Strategy, layout, delivery, remote_kv, ranks that exchange heads, turns.
 PLANS = [
-    ("sap", "contiguous", "p2p", "refetch"),
-    ("sap", "zigzag", "p2p", "keep"),
-    ("sap", "zigzag", "all_to_all", "refetch"),
-    ("all_gather", "zigzag", "p2p", "refetch"),
-    ("all_gather", "contiguous", "all_to_all", "keep"),
+    ("sap", "contiguous", "p2p", "refetch", 1, 1),
+    ("sap", "zigzag", "p2p", "keep", 1, 1),
+    ("sap", "zigzag", "all_to_all", "refetch", 1, 1),
+    ("sap", "zigzag", "p2p", "refetch", 2, 2),
+    ("sap", "contiguous", "all_to_all", "keep", 2, 2),
+    ("all_gather", "zigzag", "p2p", "refetch", 1, 1),
+    ("all_gather", "contiguous", "all_to_all", "keep", 1, 1),
+    ("ring", "zigzag", "p2p", "refetch", 2, 2),
+    ("sap", "zigzag", "p2p", "refetch", 2, 1),
 ]
 
 
-# Every plan in the plain way; of the others, one refetches with an all-to-all, one keeps what it received.
-COMBINATIONS = [(way, plan) for way in WAYS for plan in (PLANS if way == "plain" else PLANS[1:3])]
+# Every plan in the plain way; of the others, with and without heads exchanged, one refetches, one keeps what came.
+COMBINATIONS = [(way, plan) for way in WAYS for plan in (PLANS if way == "plain" else PLANS[1:5])]
 
 
 def weights():
@@ -87,13 +92,18 @@ WRAPS = {
 }
 
 
-def train_once(rank, way, strategy, layout, delivery, remote_kv):
+def make(lengths, strategy, layout, delivery, size, turns):
+    heads = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "ulysses_size": size}
+    plan = sap_hf.plan(lengths=list(lengths), cp_size=WORLD, strategy=strategy, layout=layout, **heads)
+    return dataclasses.replace(plan, delivery=delivery, turns=turns)
+
+
+def train_once(rank, way, strategy, layout, delivery, remote_kv, size, turns):
     """Forward of both packs, then one backward: gradients of the weights (this rank's part) and tokens."""
     parameters = weights()
     inputs, loss = [], 0.0
     for lengths in PACKS:
-        plan = sap_hf.plan(lengths=list(lengths), cp_size=WORLD, strategy=strategy, layout=layout)
-        plan = dataclasses.replace(plan, delivery=delivery)
+        plan = make(lengths, strategy, layout, delivery, size, turns)
         rows = torch.from_numpy(plan.rows(rank))
         x, dout = tokens(lengths)[:, rows]
         # Padding counts for nothing in a loss; elsewhere it is garbage.
@@ -158,7 +168,7 @@ def right():
 
 
 EACH = pytest.mark.parametrize(
-    "way, plan", COMBINATIONS, ids=[f"{way}-{'-'.join(plan)}" for way, plan in COMBINATIONS]
+    "way, plan", COMBINATIONS, ids=[f"{way}-{'-'.join(map(str, plan))}" for way, plan in COMBINATIONS]
 )
 
 
@@ -171,7 +181,7 @@ def test_late_delivery_changes_nothing(trained, right, way, plan):
         found = sum(result["weights"][number] for result in ranks)
         assert (found - expected).abs().max() <= FLOAT64 * expected.abs().max()
     for number, lengths in enumerate(PACKS):
-        made = sap_hf.plan(lengths=list(lengths), cp_size=WORLD, strategy=plan[0], layout=plan[1])
+        made = make(lengths, *plan[:3], *plan[4:])
         for rank, result in enumerate(ranks):
             rows = made.rows(rank)
             real = rows < sum(lengths)
