@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from sap_hf.planning.cost import Shape
-from sap_hf.planning.heads import Heads, split_heads
+from sap_hf.planning.heads import split_turns
 from sap_hf.planning.program import Call, Operation, Program, Rows
 
 # Elements per row and head that merging keeps: while the weights of both parts are computed, and once they are.
@@ -56,52 +56,118 @@ def arena_bytes(program: Program, shape: Shape) -> int:
     return (program.buffer_rows + sent) * width.keys + program.buffer_rows * width.wide_keys
 
 
-def peak_bytes(program: Program, shape: Shape, ulysses_size: int = 1) -> tuple[int, int]:
+def peak_bytes(program: Program, shape: Shape, ulysses_size: int = 1, turns: int = 1) -> tuple[int, int]:
     """Most bytes that one layer's forward, and its backward, hold beside q, k, v, out and dout of the rank's rows.
 
     Args:
         shape: of the layer, all heads; its bytes_per_element is that of q, k and v, and of what the kernel returns;
             accumulators have 4 or 8.
         ulysses_size: ranks that exchange heads, of which `program` is for one.
+        turns: as in Plan.
     """
-    split = split_heads(shape.num_heads, shape.num_kv_heads, ulysses_size)
-    its = split[program.rank % ulysses_size]
-    mine = dataclasses.replace(shape, num_heads=its.q_count, num_kv_heads=its.kv_count)
-    width = _Widths.of(mine, uneven=not its.even)
-    forward, backward = _forward(program, width), _backward(program, width)
-    if ulysses_size > 1:
-        forward, backward = _exchanged(program.rows, width, _Widths.of(shape), split, forward, backward)
+    if ulysses_size == 1:
+        width = _Widths.of(shape)
+        forward, backward = _forward(program, width), _backward(program, width)
+        of_arena = arena_bytes(program, shape)
+    else:
+        forward, backward, of_arena = _in_turns(program, shape, ulysses_size, turns)
     # The arena is never smaller than the backward of an earlier layer made it.
-    of_arena = arena_bytes(program, mine)
     return of_arena + forward, of_arena + backward
 
 
-def _exchanged(
-    rows: int, width: _Widths, outer: _Widths, split: tuple[Heads, ...], forward: int, backward: int
-) -> tuple[int, int]:
-    """Forward and backward with what the exchange of heads holds around the attention of this rank's heads.
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """Bytes of one turn of exchanged heads.
 
-    Args:
-        rows: of all neighbours.
-        width, outer: a row of this rank's heads, and of all heads.
-        forward, backward: of that attention, beside its q, k, v, out and dout.
+    Attributes:
+        sent: q, k and v of this rank's rows as they travel, and arrived: of all rows and this rank's heads. dq, dk and
+            dv have the same way back.
+        attended, lse: out and lse of all rows and this rank's heads; home: out of this rank's rows as it comes home.
+            dout has the same way back.
+        forward, backward: as of a layer of these heads. begun: what its backward holds when it has begun.
+        arena: what it receives in.
     """
-    own, copies, kv_heads = rows // len(split), sum(its.kv_count for its in split), split[-1].kv.stop
-    # q, k and v of this rank's rows as they travel, and of all rows as they arrive; out of both.
-    sent, arrived = own * (outer.query + outer.keys // kv_heads * copies), rows * (width.query + width.keys)
-    out, attended = own * outer.query, rows * width.query
-    gradients = own * (outer.query + outer.keys)
+
+    sent: int
+    arrived: int
+    attended: int
+    lse: int
+    home: int
+    forward: int
+    backward: int
+    begun: int
+    arena: int
+
+    @property
+    def saved(self) -> int:
+        """What waits for the backward."""
+        return self.arrived + self.attended + self.lse
+
+    @property
+    def leaving(self) -> int:
+        """dq, dk and dv while they are put together, then beside the room for those that come."""
+        return self.arrived + max(self.arrived, self.sent)
+
+
+def _in_turns(program: Program, shape: Shape, ulysses_size: int, number: int) -> tuple[int, int, int]:
+    """Most bytes of a forward and a backward with exchanged heads, and of the arena of each."""
+    rows, own, one = program.rows, program.rows // ulysses_size, shape.head_dim * shape.bytes_per_element
+    turns = []
+    for split in split_turns(shape.num_heads, shape.num_kv_heads, ulysses_size, number):
+        its = split[program.rank % ulysses_size]
+        mine = dataclasses.replace(shape, num_heads=its.q_count, num_kv_heads=its.kv_count)
+        width = _Widths.of(mine, uneven=not its.even)
+        turns.append(
+            _Turn(
+                own * one * sum(each.q_count + 2 * each.kv_count for each in split),
+                rows * (width.query + width.keys),
+                rows * width.query,
+                rows * width.head,
+                own * one * sum(each.q_count for each in split),
+                _forward(program, width),
+                _backward(program, width),
+                rows * width.wide_query if program.merges else 0,
+                arena_bytes(program, mine),
+            )
+        )
+    gradients = own * one * (shape.num_heads + 2 * shape.num_kv_heads)
+    whole = _Widths.of(shape)
     # Gradients of kv heads that went to several ranks are summed in wide accumulators.
-    if copies > kv_heads and outer.keys < outer.wide_keys:
-        gradients += own * outer.wide_keys
-    # Out comes home beside the one that left, and is put in order beside what came.
-    exchanging = max(sent, attended + rows * width.head + 2 * out)
-    # Once dq, dk and dv of all rows are there, q, k, v, out and dout are gone. They are put together to leave.
-    returning = sent + max(arrived, gradients)
-    return (
-        arrived + max(exchanging, attended + forward) - out,
-        arrived + max(returning, 2 * attended + backward),
-    )
+    if sum(turn.sent for turn in turns) > gradients and whole.keys < whole.wide_keys:
+        gradients += own * whole.wide_keys
+    return _forward_in(turns), _backward_in(turns, gradients), max(turn.arena for turn in turns)
+
+
+def _forward_in(turns: list[_Turn]) -> int:
+    """Beside out, in which the parts that have come home are put together."""
+    out, saved, coming = 0, 0, turns[0].sent + turns[0].arrived
+    most = coming
+    for turn, after in zip(turns, [*turns[1:], None], strict=True):
+        # Beside a turn the heads of the next one come, and out of the one before is on the way.
+        coming = 0 if after is None else after.sent + after.arrived
+        most = max(most, saved + out + turn.arrived + turn.attended + turn.forward + coming)
+        saved, out = saved + turn.saved, out + turn.home
+    return max(most, saved + 2 * out) - out
+
+
+def _backward_in(turns: list[_Turn], gradients: int) -> int:
+    """Args:
+    gradients: dq, dk and dv of the rank's own rows, where those that have come home are summed.
+    """
+    saved, home, before = sum(turn.saved for turn in turns), 0, None
+    most = saved + turns[0].home + turns[0].attended
+    for turn, after in zip(turns, [*turns[1:], None], strict=True):
+        held = saved + home + turn.attended
+        if before is not None:
+            # What the one before has computed leaves when this one has begun.
+            most = max(most, held + turn.begun + before.leaving)
+            home += before.arrived + before.sent
+            held += before.arrived + before.sent
+        coming = 0 if after is None else after.home + after.attended
+        most = max(most, held + coming + turn.backward - turn.lse)
+        saved, before = saved - turn.saved, turn
+    assert before is not None, "there is at least one turn"
+    return max(most, home + before.leaving, sum(turn.sent for turn in turns) + gradients)
 
 
 def _forward(program: Program, width: _Widths) -> int:

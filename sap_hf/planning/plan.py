@@ -270,7 +270,7 @@ class Plan:
         from sap_hf.planning.memory import peak_bytes
 
         return max(
-            max(peak_bytes(compile_program(self, rank, window), self.shape, self.ulysses_size))
+            max(peak_bytes(compile_program(self, rank, window), self.shape, self.ulysses_size, self.turns))
             for window in self.windows
             for rank in range(self.cp_size)
         )

@@ -1,7 +1,7 @@
 """The exchange of heads for rows, and back: U neighbouring ranks of the cp group compute some heads of all their rows.
 
-q_CHD -> q_RhD with R = U * C rows and h of the H heads; out_RhD -> out_CHD. q, k and v travel together. A kv
-head that query heads of several ranks read goes to each of them, and its gradients are summed in rank order.
+q_CHD -> q_RhD with R = U * C rows and h of the H heads; out_RhD -> out_CHD. q, k and v travel together. A kv head that
+query heads of several ranks read goes to each of them.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ class HeadExchange:
         ]
         merged = [tensor.flatten(1) for tensor in tensors]
         send = (merged[0] if len(merged) == 1 else torch.cat(merged, dim=1)).contiguous().view(-1)
+        # Without another name, what was put together is gone before there is room for what comes.
+        del merged, tensors
         widths = [sum(count * width for count, width in its) for its in shapes]
         pending, received = self._swap(
             send, [send.numel() // size] * size, [rows * width for width in widths]

@@ -178,18 +178,18 @@ def _backward(
 def _sum(
     home: list[Arriving], turns: tuple[Turn, ...], shapes: tuple[torch.Size, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """dq, dk and dv from what every neighbour sends home in every turn."""
-    dtype, like = home[0].sent.dtype, home[0].sent
+    """dq, dk and dv from what every neighbour sends home in every turn, added up in that order."""
+    # What was sent is gone before there is room for the sums.
+    parts = [part for _ in turns for part in home.pop(0).wait()]
     # Gradients of a kv head that went to one rank alone are not summed, and need no wider room.
-    copies = sum(its.kv_count for turn in turns for its in turn.exchange.heads)
-    wide = torch.promote_types(dtype, torch.float32) if copies > shapes[1][1] else dtype
-    dq = like.new_empty(shapes[0])
-    dk, dv = (like.new_zeros(shape, dtype=wide) for shape in shapes[1:])
-    for turn in turns:
-        came = home.pop(0).wait()
-        for at, its in enumerate(turn.exchange.heads):
-            part_q, part_k, part_v = came[3 * at : 3 * at + 3]
-            dq[:, its.q] = part_q
-            dk[:, its.kv].add_(part_k)
-            dv[:, its.kv].add_(part_v)
+    split = [its for turn in turns for its in turn.exchange.heads]
+    copied = sum(its.kv_count for its in split) > shapes[1][1]
+    dtype = parts[0].dtype
+    dq = parts[0].new_empty(shapes[0])
+    wide = torch.promote_types(dtype, torch.float32) if copied else dtype
+    dk, dv = (dq.new_zeros(shape, dtype=wide) for shape in shapes[1:])
+    for its, part_q, part_k, part_v in zip(split, parts[::3], parts[1::3], parts[2::3], strict=True):
+        dq[:, its.q] = part_q
+        dk[:, its.kv].add_(part_k)
+        dv[:, its.kv].add_(part_v)
     return dq, dk.to(dtype), dv.to(dtype)

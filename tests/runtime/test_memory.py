@@ -10,7 +10,7 @@ import sap_hf
 from sap_hf.kernels import NOWHERE
 from sap_hf.kernels.interface import space
 from sap_hf.planning.compile import compile_program
-from sap_hf.planning.heads import split_heads
+from sap_hf.planning.heads import split_turns
 from sap_hf.planning.memory import arena_bytes, peak_bytes
 from sap_hf.runtime import arena, transport
 from sap_hf.runtime.device_program import load
@@ -53,6 +53,16 @@ OPTIONS = [
     {"ulysses_size": 2, "strategy": "ring", "layout": "zigzag", "num_heads": 9, "num_kv_heads": 9},
     {"ulysses_size": 2, "layout": "zigzag", "max_remote_rows": 64, "num_kv_heads": 1},
     {"ulysses_size": 2, "layout": "contiguous", "window": 33, "num_heads": 9, "num_kv_heads": 3},
+    # Some of the heads after the others.
+    {"ulysses_size": 4, "num_kv_heads": 8, "turns": 2},
+    {"ulysses_size": 2, "layout": "zigzag", "num_kv_heads": 8, "turns": 2},
+    {"ulysses_size": 2, "layout": "zigzag", "num_kv_heads": 4, "turns": 2, "bytes_per_element": 4},
+    {"ulysses_size": 2, "layout": "zigzag", "num_heads": 9, "num_kv_heads": 3, "turns": 2},
+    {"ulysses_size": 2, "layout": "balanced", "delivery": "all_to_all", "whole": False, "num_heads": 9}
+    | {"num_kv_heads": 9, "turns": 2},
+    {"ulysses_size": 2, "strategy": "ring", "layout": "zigzag", "num_kv_heads": 8, "turns": 3},
+    {"ulysses_size": 2, "layout": "zigzag", "max_remote_rows": 64, "num_kv_heads": 8, "turns": 2},
+    {"ulysses_size": 2, "layout": "contiguous", "window": 33, "num_heads": 10, "num_kv_heads": 5, "turns": 2},
 ]
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -68,11 +78,11 @@ class Hollow:
 
 
 def make(options):
-    form = {name: value for name, value in options.items() if name in ("whole", "stages")}
+    form = {name: value for name, value in options.items() if name in ("whole", "stages", "turns")}
     asked = {name: value for name, value in options.items() if name not in form}
     usual = {"lengths": LENGTHS, "cp_size": WORLD, "num_heads": 8, "num_kv_heads": 2, "head_dim": HEAD_DIM}
     made = sap_hf.plan(**{**usual, **asked})
-    return dataclasses.replace(made, **{"whole": True, "stages": 1, **form})
+    return dataclasses.replace(made, **{"whole": True, "stages": 1, "turns": 1, **form})
 
 
 def bytes_held(rank, world, cases):
@@ -115,7 +125,7 @@ def test_every_rank_holds_what_its_program_says_and_the_fullest_what_the_plan_sa
     peaks = [peak for peak, _ in held[number][: plan.cp_size]]
     window = OPTIONS[number].get("window")
     programs = [compile_program(plan, rank, window) for rank in range(plan.cp_size)]
-    assert peaks == [peak_bytes(program, plan.shape, plan.ulysses_size) for program in programs]
+    assert peaks == [peak_bytes(program, plan.shape, plan.ulysses_size, plan.turns) for program in programs]
     assert max(map(max, peaks)) == plan.peak_bytes
 
 
@@ -124,8 +134,9 @@ def test_between_layers_only_the_arena_is_held(held):
         plan = make(options)
         programs = [compile_program(plan, rank, options.get("window")) for rank in range(plan.cp_size)]
         for program, (_, between) in zip(programs, ranks):
-            heads = split_heads(plan.shape.num_heads, plan.shape.num_kv_heads, plan.ulysses_size)
-            its = heads[program.rank % plan.ulysses_size]
+            heads = plan.shape.num_heads, plan.shape.num_kv_heads
+            # The first turn has the most of them.
+            its = split_turns(*heads, plan.ulysses_size, plan.turns)[0][program.rank % plan.ulysses_size]
             shape = dataclasses.replace(plan.shape, num_heads=its.q_count, num_kv_heads=its.kv_count)
             # Where nothing travels and no gradient has several parts there is none.
             assert between == arena_bytes(program, shape) < plan.peak_bytes
@@ -134,3 +145,8 @@ def test_between_layers_only_the_arena_is_held(held):
 def test_fewer_remote_rows_at_once_take_fewer_bytes():
     peaks = [make({"layout": "zigzag", "max_remote_rows": rows}).peak_bytes for rows in (None, 400, 100, 20)]
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] < 0.8 * peaks[0]
+
+
+def test_two_turns_receive_in_fewer_bytes():
+    one, two = (make({"ulysses_size": 2, "layout": "zigzag", "num_kv_heads": 8, "turns": n}) for n in (1, 2))
+    assert two.peak_bytes < one.peak_bytes
