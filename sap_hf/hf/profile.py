@@ -64,9 +64,9 @@ class Profile:
         plans = sharding._plans
         self._undo.callback(setattr, sharding, "_plans", plans)
 
-        def timed(cu_seqlens: bytes) -> Plan:
+        def timed(cu_seqlens: bytes, recomputed: bool) -> Plan:
             started = time.perf_counter()
-            plan = plans(cu_seqlens)
+            plan = plans(cu_seqlens, recomputed)
             # Documents seen before have their plan already.
             self._plan_seconds.setdefault(plan, time.perf_counter() - started)
             return plan

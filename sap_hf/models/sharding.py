@@ -141,7 +141,7 @@ class Sharding:
         inputs["position_ids"] = cut.of_pack(torch.from_numpy(positions).to(main.device), 0)
         self._shard_labels(inputs, batch, cut)
         inputs["use_cache"] = False
-        recomputed = module.training and any(block.gradient_checkpointing for block in self._blocks)
+        recomputed = module.training and self._checkpointed
         state.shard = inputs[KEYWORD] = Shard(
             plan, self.group, self.config, self._layer_ids, {} if recomputed else None
         )
@@ -163,7 +163,7 @@ class Sharding:
     def _prepare(self, inputs: dict[str, Any]) -> Prepared:
         batch = read(inputs)
         check_lengths(self._text_config, batch.documents.lengths)
-        return Prepared(batch, self._plans(batch.documents.cu_seqlens.tobytes()))
+        return Prepared(batch, self._plans(batch.documents.cu_seqlens.tobytes(), self._recomputed))
 
     def _agree_on(self, inputs: dict[str, Any]) -> Prepared:
         """Documents and plan of this batch; every rank raises when any of them refuses its own."""
@@ -181,7 +181,16 @@ class Sharding:
         assert prepared is not None
         return prepared
 
-    def _plan(self, cu_seqlens: bytes) -> Plan:
+    @property
+    def _checkpointed(self) -> bool:
+        return any(block.gradient_checkpointing for block in self._blocks)
+
+    @property
+    def _recomputed(self) -> bool:
+        """Whether layers exchange heads again in their recompute."""
+        return self._checkpointed and self.config.remote_kv == "refetch"
+
+    def _plan(self, cu_seqlens: bytes, recomputed: bool) -> Plan:
         made = make_plan(
             Request(
                 Documents(np.frombuffer(cu_seqlens, np.int64).copy()),
@@ -194,6 +203,7 @@ class Sharding:
                 hardware=self._hardware,
                 max_remote_rows=self.config.max_remote_rows,
                 ulysses_size=self._ulysses_size,
+                recomputed=recomputed,
             )
         )
         # Here it may be ahead of the step; the first layer would wait for it.

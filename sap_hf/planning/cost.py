@@ -78,12 +78,14 @@ class Wires:
         deliveries: V times the names of a schedule's stages.
         there, back: (S, V, W) seconds until each rank has sent and received its part: of the rows in the forward, and
             of dK/dV on their way home.
+        starts: (S, V, W) seconds of these that starting the messages takes, one way.
         link: (V, W) seconds that the bytes of all stages take on a rank's links, one way.
     """
 
     deliveries: tuple[tuple[str, ...], ...]
     there: Float64
     back: Float64
+    starts: Float64
     link: Float64
 
     @property
@@ -128,6 +130,7 @@ class LayerCosts:
     wires: Wires
     shape: Shape
     hardware: Hardware
+    _seconds: dict[int, Float64] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def _held(self) -> TileRows:
@@ -143,16 +146,36 @@ class LayerCosts:
         forward, backward = kernel_parts(pairs.reshape(start.shape), queries, keys, self.shape, hardware)
         return forward + start, backward + start
 
-    @functools.cached_property
-    def seconds(self) -> Float64:
-        """(4, V, W) the fields of Seconds, in the order in which the program posts, waits and attends."""
+    def seconds(self, turns: int = 1) -> Float64:
+        """(4, V, W) the fields of Seconds, in the order in which the program posts, waits and attends.
+
+        Args:
+            turns: in which some heads are computed after the others: all kernels and messages start as often.
+        """
+        if turns not in self._seconds:
+            self._seconds[turns] = self._in_turns(turns)
+        return self._seconds[turns]
+
+    def links(self, turns: int) -> Float64:
+        """(2, V, W) seconds that rows are on the way, forward and backward."""
+        there = (self.wires.there + (turns - 1) * self.wires.starts).sum(axis=0)
+        return np.stack([there, there + (self.wires.back + (turns - 1) * self.wires.starts).sum(axis=0)])
+
+    def _in_turns(self, turns: int) -> Float64:
         busy, busy_back = map(np.add, self._kernels, self._copies(self._held))
         stages, wires = self.bundle.stages, self.wires
+        there, back = wires.there, wires.back
+        if turns > 1:
+            # All turns take as long as one of all heads, and their starts.
+            calls, messages = (
+                (turns - 1) * of for of in (self._held.calls * self.hardware.call_seconds, wires.starts)
+            )
+            busy, busy_back, there, back = busy + calls, busy_back + calls, there + messages, back + messages
         now, end = in_stages(
             busy,
             busy_back,
-            wires.there,
-            wires.back,
+            there,
+            back,
             contention=self.hardware.contention,
             slots=np.array([min(of.slots or stages, stages) for of in self.bundle.schedules]),
             whole=np.array([of.whole for of in self.bundle.schedules]),

@@ -14,8 +14,11 @@ from itertools import groupby
 import numpy as np
 
 from sap_hf.errors import LayoutError
-from sap_hf.planning.cost import Float64, Shape
+from sap_hf.planning.cost import Float64, Shape, beside
 from sap_hf.planning.hardware import Hardware
+
+# Numbers of turns that are weighed.
+TURNS = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,36 +107,124 @@ def rank_shapes(shape: Shape, ulysses_size: int) -> tuple[Shape, ...]:
     )
 
 
-def head_bytes(shape: Shape, ulysses_size: int, rows: int) -> tuple[Float64, Float64]:
-    """(U, U) bytes that each rank sends [source, destination] for q, k, v of its rows, and for out."""
-    heads = split_heads(shape.num_heads, shape.num_kv_heads, ulysses_size)
+def head_bytes(shape: Shape, ulysses_size: int, rows: int, turns: int = 1) -> tuple[Float64, Float64]:
+    """(turns, U, U) bytes that each rank sends [source, destination] for q, k, v of its rows, and for out."""
+    split = split_turns(shape.num_heads, shape.num_kv_heads, ulysses_size, turns)
     element = rows * shape.head_dim * shape.bytes_per_element
-    there = np.array([(its.q_count + 2 * its.kv_count) * element for its in heads], np.float64)
-    back = np.array([its.q_count * element for its in heads], np.float64)
+    there = np.array(
+        [[(its.q_count + 2 * its.kv_count) * element for its in turn] for turn in split], np.float64
+    )
+    back = np.array([[its.q_count * element for its in turn] for turn in split], np.float64)
     others = 1 - np.eye(ulysses_size)
-    return others * there, others * back[:, None]
+    return others * there[:, None], others * back[:, :, None]
+
+
+def head_shares(shape: Shape, ulysses_size: int, turns: int) -> Float64:
+    """(turns, U) part of each rank's query heads that is computed in each turn."""
+    split = split_turns(shape.num_heads, shape.num_kv_heads, ulysses_size, turns)
+    queries = np.array([[its.q_count for its in turn] for turn in split], np.float64)
+    shares: Float64 = queries / queries.sum(axis=0)
+    return shares
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeadSeconds:
+    """What a forward's exchanges of heads take, in n turns; a backward's move the same bytes the other way.
+
+    Attributes:
+        there, back: (n, U) seconds that q, k and v of each turn travel, and out.
+        around: (U,) of what does not go on beside kernels: copies, and the start of each exchange.
+        share: (n, U) part of a rank's query heads that is computed in each turn.
+        again: whether a recompute exchanges them once more.
+    """
+
+    there: Float64
+    back: Float64
+    around: Float64
+    share: Float64
+    again: bool
+
+    @functools.cached_property
+    def exposed(self) -> Float64:
+        """(U,) what no kernel hides, forward and backward: the first turn's heads come, the last one's results go."""
+        ends = self.there[0] + self.there[-1] + self.back[0] + self.back[-1]
+        seconds: Float64 = ends + 2 * self.around + self._recompute
+        return seconds
+
+    @property
+    def _recompute(self) -> Float64:
+        """(U,) with nothing beside them."""
+        alone: Float64 = self.there.sum(axis=0) + self.back.sum(axis=0) + self.around
+        return alone * self.again
+
+    def with_layer(self, seconds: Float64, links: Float64, contention: float) -> Float64:
+        """(4, groups * U) the fields of Seconds of a layer, heads included.
+
+        Args:
+            seconds: (4, groups) of all turns without heads. links, contention: as of `in_turns`, forward and backward.
+        """
+        made = np.repeat(seconds[..., None], self.around.size, axis=-1)
+        for way, (come, go) in enumerate(((self.there, self.back), (self.back, self.there))):
+            busy, exposed = made[2 * way : 2 * way + 2]
+            total = in_turns(busy + exposed, links[way, :, None], come, go, self.share, contention)
+            exposed[:] = total + self.around - busy
+        made[3] += self._recompute
+        return made.reshape(4, -1)
+
+
+def in_turns(
+    seconds: Float64, links: Float64, come: Float64, go: Float64, share: Float64, contention: float
+) -> Float64:
+    """(..., U) seconds of a layer's forward, or backward, with the exchanges of heads in n turns.
+
+    Beside a turn the heads of the next one and the results of the one before travel, while its own rows do not.
+
+    Args:
+        seconds: (..., U) of all turns without heads; of these, links: rows are on the way.
+        come, go: (n, U) seconds that heads of each turn travel, and results.
+        share: (n, U) part of the layer that is computed in each turn.
+        contention: of the Hardware.
+    """
+    free = np.maximum(seconds - links, 0)
+    total: Float64 = seconds - free + come[0] + go[-1]
+    beside_it = np.zeros_like(come)
+    beside_it[:-1] += come[1:]
+    beside_it[1:] += go[:-1]
+    for part, wire in zip(share, beside_it, strict=True):
+        total += np.maximum(beside(part * free, wire, contention), wire)
+    return total
 
 
 @functools.lru_cache
-def head_seconds(shape: Shape, ulysses_size: int, rows: int, hardware: Hardware) -> Float64:
-    """(U,) seconds of both exchanges of a forward; those of a backward move the same bytes the other way.
-
-    Args:
-        rows: of each rank.
+def head_seconds(
+    shape: Shape, ulysses_size: int, rows: int, hardware: Hardware, recomputed: bool = False, turns: int = 1
+) -> HeadSeconds:
+    """Args:
+    rows: of each rank.
+    recomputed, turns: as in Plan.
     """
-    if ulysses_size == 1:
-        return np.zeros(1)
     node = np.arange(ulysses_size) // hardware.ranks_per_node
     inside = node == node[:, None]
-    seconds = np.zeros(ulysses_size)
-    for sent in head_bytes(shape, ulysses_size, rows):
+    ways, around = [], np.zeros(ulysses_size)
+    for sent in head_bytes(shape, ulysses_size, rows, turns):
         near, far = np.where(inside, sent, 0), np.where(inside, 0, sent)
         link = np.maximum(
-            np.maximum(near.sum(axis=0), near.sum(axis=1)) / hardware.node_bytes_per_s,
-            np.maximum(far.sum(axis=0), far.sum(axis=1)) / hardware.network_bytes_per_s,
+            np.maximum(near.sum(axis=1), near.sum(axis=2)) / hardware.node_bytes_per_s,
+            np.maximum(far.sum(axis=1), far.sum(axis=2)) / hardware.network_bytes_per_s,
         )
+        ways.append(link + (ulysses_size - 1) * hardware.message_seconds)
         # Heads that leave together are put together first, and taken apart where they arrive.
-        copied = 2 * (sent.sum(axis=0) + sent.sum(axis=1)) / hardware.copy_bytes_per_s
-        started = hardware.blocking_seconds + (ulysses_size - 1) * hardware.message_seconds
-        seconds += link + copied + started
-    return seconds
+        around += 2 * (sent.sum(axis=(0, 1)) + sent.sum(axis=(0, 2))) / hardware.copy_bytes_per_s
+        around += len(sent) * hardware.blocking_seconds
+    there, back = ways
+    return HeadSeconds(there, back, around, head_shares(shape, ulysses_size, turns), recomputed)
+
+
+@functools.lru_cache
+def least_head_seconds(
+    shape: Shape, ulysses_size: int, rows: int, hardware: Hardware, recomputed: bool = False
+) -> Float64:
+    """(U,) seconds that exchanged heads add at least to a layer's forward and backward, in any number of TURNS."""
+    each = (head_seconds(shape, ulysses_size, rows, hardware, recomputed, turns) for turns in TURNS)
+    least: Float64 = np.min([seconds.exposed for seconds in each], axis=0)
+    return least

@@ -16,7 +16,7 @@ from sap_hf.errors import ConfigError, LayoutError
 from sap_hf.planning import cost
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.hardware import Hardware
-from sap_hf.planning.heads import head_seconds, rank_shapes
+from sap_hf.planning.heads import HeadSeconds, head_seconds, least_head_seconds, rank_shapes
 from sap_hf.planning.layout import Layout, rows_held, work_held
 from sap_hf.planning.schedule import DESTINATION, START, STOP, Bundle, Schedule, Step, sum_by
 from sap_hf.planning.wires import gather_link_seconds, wire_seconds
@@ -52,6 +52,7 @@ class Plan:
         ulysses_size: U, neighbouring ranks that exchange heads: each computes a part of the heads, on all their rows.
         turns: parts of a rank's kv heads that are computed one after the other: the exchange of the others goes on
             meanwhile. Fewer where a rank has fewer kv heads.
+        recomputed: gradient checkpointing runs the layers twice, and the recompute exchanges heads again.
     """
 
     documents: Documents
@@ -67,6 +68,7 @@ class Plan:
     max_remote_rows: int | None = None
     ulysses_size: int = 1
     turns: int = 1
+    recomputed: bool = False
     _layers: dict[Window, Layer] = dataclasses.field(default_factory=dict, init=False, repr=False)
     # What the runtime derives from a plan (compiled programs, device tensors) lives as long as the plan.
     derived: dict[object, object] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -202,10 +204,16 @@ class Plan:
     @functools.cached_property
     def layer_seconds(self) -> cost.Seconds:
         """(W,) modelled seconds of all layers in `windows`, forward and backward, compute and waiting."""
-        seconds = self._of_all([layer.costs.seconds[:, layer.number] for layer in self._all])
-        if self.ulysses_size > 1:
-            seconds[1::2] += sum(self.windows.values()) * self._head_seconds
-        return cost.Seconds(*seconds)
+        return cost.Seconds(*self._of_all([self._seconds_of(layer) for layer in self._all]))
+
+    def _seconds_of(self, layer: Layer) -> cost.Float64:
+        """(4, W) the fields of Seconds of one layer."""
+        costs, number = layer.costs, layer.number
+        if self.ulysses_size == 1:
+            return costs.seconds()[:, number]
+        turns = len(self._heads.share)
+        seconds, links = costs.seconds(turns)[:, number], costs.links(turns)[:, number]
+        return self._heads.with_layer(seconds, links, self.hardware.contention)
 
     @property
     def _all(self) -> list[Layer]:
@@ -213,15 +221,25 @@ class Plan:
         return [self._layer(window) for window in self.windows]
 
     def _of_all(self, layers: list[cost.Float64]) -> cost.Float64:
-        """(..., W) over all layers of (..., groups) of one layer of each window."""
+        """(..., W) over all layers from (..., W) of one layer of each window."""
         total: cost.Float64 = sum(count * layer for count, layer in zip(self.windows.values(), layers))  # type: ignore[assignment]
-        return np.repeat(total, self.ulysses_size, axis=-1)
+        return total
 
-    @functools.cached_property
-    def _head_seconds(self) -> cost.Float64:
-        """(W,) seconds of one layer's exchanges of heads, forward; the backward takes as long."""
-        seconds = head_seconds(self.shape, self.ulysses_size, self.rows_per_rank, self.hardware)
-        return np.tile(seconds, self.placement.cp_size)
+    @property
+    def _heads(self) -> HeadSeconds:
+        """Of one layer's exchanges of heads."""
+        return head_seconds(*self._exchanged, self.turns)
+
+    @property
+    def _exchanged(self) -> tuple[cost.Shape, int, int, Hardware, bool]:
+        return self.shape, self.ulysses_size, self.rows_per_rank, self.hardware, self.recomputed
+
+    @property
+    def _least_heads(self) -> cost.Float64:
+        """(U,) seconds that exchanged heads add at least, in any number of turns."""
+        if self.ulysses_size == 1:
+            return np.zeros(1)
+        return sum(self.windows.values()) * least_head_seconds(*self._exchanged)
 
     @functools.cached_property
     def seconds(self) -> float:
@@ -241,14 +259,26 @@ class Plan:
     def _kernel_seconds(self, pairs: Int64, rows: Int64) -> float:
         layers = sum(self.windows.values())
         seconds = cost.kernel_seconds(pairs, rows, layers, self.outer_shape, self.hardware)
-        return float(seconds.max()) + 2 * layers * float(self._head_seconds.max())
+        return float(seconds.max()) + float(self._least_heads.max())
+
+    @property
+    def saved_seconds(self) -> float:
+        """What more turns save at most; 0 where they save nothing."""
+        if self.ulysses_size == 1:
+            return 0.0
+        return float((sum(self.windows.values()) * self._heads.exposed - self._least_heads).max())
+
+    def in_turns(self, turns: int) -> Plan:
+        """The same schedules with heads computed in so many turns."""
+        made = dataclasses.replace(self, turns=turns)
+        made._layers.update(self._layers)
+        return made
 
     @property
     def least_seconds(self) -> float:
         """What the same placement takes at least, in however many stages the same rows arrive."""
         least = self._of_all([layer.costs.least[layer.number] for layer in self._all])
-        heads = 2 * sum(self.windows.values()) * self._head_seconds if self.ulysses_size > 1 else 0.0
-        return float((least + heads).max())
+        return float((least[:, None] + self._least_heads).max())
 
     @property
     def gathers_faster(self) -> bool:

@@ -25,7 +25,8 @@ def picture(plan: Plan) -> str:
     scale = plan.rows_per_rank / shown
     lines = [
         f"{_count(len(documents), 'document')}, {_count(documents.rows, 'row')}, {_count(plan.cp_size, 'rank')}: "
-        f"{method(plan)} on {plan.layout}" + (f" (one column is about {scale:.3g} rows)" if scale > 1 else "")
+        f"{_in_turns(plan)} on {plan.layout}"
+        + (f" (one column is about {scale:.3g} rows)" if scale > 1 else "")
     ]
     width = len(str(plan.cp_size - 1))
     mean = plan.pairs.mean() or 1
@@ -57,6 +58,11 @@ def method(plan: Plan) -> str:
     if plan.strategy == "ulysses" or plan.ulysses_size == 1:
         return plan.strategy
     return f"ulysses {plan.ulysses_size} x {plan.strategy}"
+
+
+def _in_turns(plan: Plan) -> str:
+    """The method, and in how many turns heads are computed if there are several."""
+    return f"{method(plan)}, {plan.turns} turns" if plan.turns > 1 else method(plan)
 
 
 def share(plan: Plan) -> float:
@@ -93,7 +99,7 @@ def _cells(plan: Plan) -> tuple[str, ...]:
     ratio = found["ratio_to_lower_bound"]
     return (
         f"{plan.layout} ({found['start']})" if found["start"] else plan.layout,
-        method(plan),
+        _in_turns(plan),
         f"{found['stages']}{' whole' if found['whole'] and found['stages'] else ''}",
         _runs(plan.deliveries),
         f"{plan.seconds * 1e3:.4g}",
@@ -116,6 +122,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "start": plan.placement.start,
         "strategy": plan.strategy,
         "ulysses_size": plan.ulysses_size,
+        "turns": plan.turns,
         "stages": len(plan.deliveries),
         "whole": plan.widest.whole,
         "deliveries": list(plan.deliveries),

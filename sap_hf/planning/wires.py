@@ -27,7 +27,7 @@ def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: H
     size = stages * each[1] * cp_size
     if not stages:
         none = np.zeros(each)
-        return Wires(((),) * each[1], none, none, np.zeros(each[1:]))
+        return Wires(((),) * each[1], none, none, none, np.zeros(each[1:]))
     source, destination, start, stop = bundle.transfers
     amount = (stop - start) * shape.bytes_per_row
     at = ((bundle.transfer_step - 1) * each[1] + bundle.transfer_number) * cp_size
@@ -39,12 +39,12 @@ def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: H
     )
     busiest = np.maximum(sent, received)
     link = link_seconds(busiest[0], sent[1], received[1], hardware)
-    ways: list[tuple[Float64, Float64]] = []
+    ways: list[tuple[Float64, ...]] = []
     for name in names:
         if name == "p2p":
             messages = [np.bincount(rank, minlength=size) for rank in (sender, receiver)]
-            way = _started(link, np.maximum(*messages).reshape(each), hardware)
-            ways.append((way, way))
+            starts = _starts(np.maximum(*messages).reshape(each), hardware)
+            ways.append((link + starts, link + starts, starts))
             continue
         # Rows of many places are read and written once more, to lie together when they are sent. Their gradients do.
         peers = np.zeros(size * cp_size, bool)
@@ -53,7 +53,8 @@ def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: H
         receives = sends // cp_size * cp_size + to
         count = np.maximum(*(np.bincount(of, minlength=size) for of in (sends, receives))).reshape(each)
         packed = sent.sum(axis=0) * 2 / hardware.copy_bytes_per_s
-        there, back = (_started(link + first, count, hardware) for first in (packed, 0))
+        starts = _starts(count, hardware)
+        there, back = link + packed + starts, link + starts
         if name == "all_gather":
             ranks = min(node, cp_size)
             # A ring through all ranks: what a node receives passes it once, over the links of all its ranks.
@@ -62,9 +63,9 @@ def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: H
             hops = ranks + cp_size // ranks - 2
             there = link_seconds(near, far, far, hardware) + hardware.step_seconds
             there = (there + hops * hardware.message_seconds) * (count.max(axis=-1, keepdims=True) > 0)
-        ways.append((there, back))
-    best = np.array([there.max(axis=-1) + back.max(axis=-1) for there, back in ways]).argmin(axis=0)
-    there, back = (np.choose(best[..., None], way) for way in zip(*ways))
+        ways.append((there, back, starts))
+    best = np.array([there.max(axis=-1) + back.max(axis=-1) for there, back, _ in ways]).argmin(axis=0)
+    there, back, starts = (np.choose(best[..., None], way) for way in zip(*ways))
     all_sent, all_received = sent.sum(axis=1), received.sum(axis=1)
     inside = np.maximum(all_sent[0], all_received[0])
     return Wires(
@@ -74,6 +75,7 @@ def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: H
         ),
         there,
         back,
+        starts,
         link_seconds(inside, all_sent[1], all_received[1], hardware),
     )
 
@@ -116,7 +118,7 @@ def link_seconds(
     return seconds
 
 
-def _started(seconds: Float64, messages: Int64, hardware: Hardware) -> Float64:
-    """`seconds`, and what it costs to start that many messages as one group."""
-    total: Float64 = seconds + messages * hardware.message_seconds + hardware.step_seconds * (messages > 0)
+def _starts(messages: Int64, hardware: Hardware) -> Float64:
+    """What it costs to start that many messages as one group."""
+    total: Float64 = messages * hardware.message_seconds + hardware.step_seconds * (messages > 0)
     return total

@@ -11,7 +11,7 @@ import numpy as np
 
 from sap_hf.planning.cost import Float64, Shape, copied_bytes, tile_rows
 from sap_hf.planning.documents import Int64
-from sap_hf.planning.heads import head_bytes
+from sap_hf.planning.heads import head_bytes, head_shares
 from sap_hf.planning.plan import Plan
 from sap_hf.planning.schedule import (
     DESTINATION,
@@ -81,30 +81,34 @@ def load(
     )
 
 
-def planned(plan: Plan) -> Load:
+def planned(plan: Plan, kernel: Kernel = FA3) -> Load:
     """A Plan's layers with full attention; with ulysses_size U, on all U ranks that share what they hold."""
     groups, size = plan.placement.cp_size, plan.ulysses_size
     node = plan.outer_hardware.ranks_per_node
-    made = executed(plan.schedule(None), groups, plan.outer_shape, node)
+    made = executed(plan.schedule(None), groups, plan.outer_shape, node, kernel)
     if size == 1:
         return made
     inside = np.arange(size) // plan.hardware.ranks_per_node
     same = inside == inside[:, None]
-    columns = []
+    columns: list[list[Float64]] = [[], [], [], []]
     packed = np.zeros(size)
-    for sent in head_bytes(plan.shape, size, plan.rows_per_rank):
+    for sent in head_bytes(plan.shape, size, plan.rows_per_rank, plan.turns):
         near, far = np.where(same, sent, 0), np.where(same, 0, sent)
-        links = (np.maximum(part.sum(axis=0), part.sum(axis=1)) for part in (near, far))
-        columns.append([*links, np.full(size, size - 1.0), np.zeros(size)])
+        links = (np.maximum(part.sum(axis=1), part.sum(axis=2)) for part in (near, far))
+        for column, of in zip(
+            columns, (*links, np.full(sent.shape[:2], size - 1.0), np.zeros(sent.shape[:2]))
+        ):
+            column.append(of)
         # Heads that leave together are put together first, and taken apart where they arrive.
-        packed += 2 * (sent.sum(axis=0) + sent.sum(axis=1))
-    heads = np.tile(np.array(columns).transpose(1, 0, 2), groups)
+        packed += 2 * (sent.sum(axis=(0, 1)) + sent.sum(axis=(0, 2)))
     spread = made.spread(size)
     around = np.zeros_like(spread.rows)
     around[0] = np.tile(packed, groups)
     return dataclasses.replace(
         spread,
-        heads=Wire(*heads),
+        # Of all turns there, then back.
+        heads=Wire(*(np.tile(np.concatenate(column), groups) for column in columns)),
+        share=np.tile(head_shares(plan.shape, size, plan.turns), groups),
         copied=spread.copied + around,
         copied_back=spread.copied_back + around,
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sap_hf.planning.cost import BACKWARD_FLOPS, Float64, Shape, beside, in_stages
 from sap_hf.planning.hardware import Hardware
+from sap_hf.planning.heads import in_turns
 from sap_hf.planning.wires import link_seconds
 
 
@@ -118,18 +119,19 @@ class Wire:
     def none(cls, stages: int, ranks: int) -> Wire:
         return cls(*np.zeros((4, stages, ranks)))
 
-    def seconds(self, hardware: Hardware, network_bytes_per_s: float = math.inf) -> Float64:
+    def seconds(self, hardware: Hardware, network_bytes_per_s: float = math.inf, turns: int = 1) -> Float64:
         """(S, W): both links at the same time, then what is fixed, then the packing. What leaves a node and what comes
         count as one where its ranks share a network card.
 
         Args:
             network_bytes_per_s: what this exchange reaches between nodes, where that is less than the links have.
+            turns: how often it begins, with as many messages each time.
         """
         link = link_seconds(self.inside, self.outside, self.outside, hardware)
         if network_bytes_per_s < hardware.network_bytes_per_s:
             link = np.maximum(link, self.outside / network_bytes_per_s)
         fixed = self.messages * hardware.message_seconds + (self.messages > 0) * hardware.step_seconds
-        return link + fixed + self.packed / hardware.copy_bytes_per_s
+        return link + turns * fixed + self.packed / hardware.copy_bytes_per_s
 
 
 class Timed(Protocol):
@@ -155,7 +157,9 @@ class Load:
             slowest rank's kernels and wire do) | blocking (rows travel first, then kernels run).
         merged: the kernel's caller merges parts; where it does not, `copied` holds what is done instead.
         slots, whole: of the Schedule.
-        heads: the exchanges of heads around the layer, one after the other, the same in the backward.
+        heads: the exchanges of heads around the layer, there, then back, and the other way round in the backward; of
+            each turn, where there is a share.
+        share: (turns, W) part of a rank's heads that is computed in each turn, while other heads travel.
         copied, copied_back: (S, W) bytes that PyTorch reads and writes beside the kernels.
         group_cast: the exchange is MagiAttention's own.
     """
@@ -173,6 +177,7 @@ class Load:
     slots: int | None = None
     whole: bool = False
     heads: Wire | None = None
+    share: Float64 | None = None
     copied: Float64 | float = 0.0
     copied_back: Float64 | float = 0.0
     group_cast: bool = False
@@ -198,10 +203,15 @@ class Load:
         total: Float64 = self.work[..., 0].sum(axis=0) * self.shape.num_heads
         return total
 
+    @property
+    def turns(self) -> int:
+        """Parts of the heads that are computed one after the other."""
+        return 1 if self.share is None else len(self.share)
+
     def busy(self, machine: Machine) -> tuple[Float64, Float64]:
         """(S, W) seconds of kernels and copies, forward and backward."""
         hardware, elements = machine.hardware, self.shape.num_heads * self.shape.head_dim
-        start = self.calls * hardware.call_seconds
+        start = self.turns * self.calls * hardware.call_seconds
         merge = self.merged * self.rows * (self.kernel.merge_bytes * elements / hardware.copy_bytes_per_s)
         around = self.rows * (self.kernel.backward_bytes * elements / hardware.copy_bytes_per_s)
         ends = np.array([hardware.tile_keys, hardware.tile_rows])
@@ -228,7 +238,7 @@ class Load:
         elif self.pace == "lockstep":
             step = machine.ring_seconds * (self.there.messages + self.back.messages > 0)
             busy, busy_back = busy + step, busy_back + step
-        there, back = self.there.seconds(hardware, reached), self.back.seconds(hardware, reached)
+        there, back = (way.seconds(hardware, reached, self.turns) for way in (self.there, self.back))
         taken = 0.0 if self.group_cast else hardware.contention
         if self.pace == "own":
             # Stage 0 is local.
@@ -241,8 +251,18 @@ class Load:
             forward, backward = forward[0], backward[0]
         else:
             forward, backward = _PACES[self.pace](busy, busy_back, there, back, taken)
-        heads = 0.0 if self.heads is None else self.heads.seconds(hardware).sum(axis=0)
-        return forward + heads, backward + heads
+        heads = Wire.none(2, forward.size) if self.heads is None else self.heads
+        if self.share is None:
+            around = heads.seconds(hardware).sum(axis=0)
+            return forward + around, backward + around
+        # As in the plan's model nothing goes on beside the start of an exchange of heads.
+        come, go = (heads.seconds(hardware) - hardware.step_seconds).reshape(2, self.turns, -1)
+        starts = 2 * self.turns * hardware.blocking_seconds
+        links = there.sum(axis=0), (there + back).sum(axis=0)
+        return (
+            starts + in_turns(forward, links[0], come, go, self.share, taken),
+            starts + in_turns(backward, links[1], go, come, self.share, taken),
+        )
 
 
 def _lockstep(

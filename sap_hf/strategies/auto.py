@@ -22,7 +22,7 @@ from sap_hf.planning.balance_swap import Problem
 from sap_hf.planning.cost import Shape
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.hardware import PRESETS, Hardware, find_hardware
-from sap_hf.planning.heads import split_heads
+from sap_hf.planning.heads import TURNS, split_heads
 from sap_hf.planning.layout import LAYOUTS as MAKERS
 from sap_hf.planning.layout import Layout, contiguous, pairs_upto
 from sap_hf.planning.plan import Plan, Planner, Window, kernel_seconds, weigh
@@ -47,6 +47,7 @@ class Request:
 
     Attributes:
         windows: {window: number of layers}; None is full attention.
+        recomputed: as in Plan.
     """
 
     documents: Documents
@@ -60,6 +61,7 @@ class Request:
     hardware: Hardware = PRESETS["h100"]
     max_remote_rows: int | None = None
     ulysses_size: int | str = 1
+    recomputed: bool = False
 
     def check(self) -> None:
         """Refuse what no plan can be made for.
@@ -221,6 +223,7 @@ def tree(request: Request) -> Branch:
             hardware=request.hardware,
             max_remote_rows=request.max_remote_rows,
             ulysses_size=size,
+            recomputed=request.recomputed,
         )
 
     def of_size(size: int) -> Branch:
@@ -289,11 +292,11 @@ def _variants(made: Plan, gathers: bool) -> Iterator[Plan | Branch]:
     whole = [dataclasses.replace(made, whole=True)]
     parts = [dataclasses.replace(made, whole=False)] if None in made.windows else []
     if made.placement.cp_size == 1 or made.strategy not in ("sap", "all_gather"):
-        yield from _weighed(whole)
+        yield from _turned(_weighed(whole))
         return
     finer = [dataclasses.replace(made, whole=True, stages=stages) for stages in STAGES[True]]
     first = _weighed(whole + (finer if made.strategy == "sap" else []) + parts)
-    yield from first
+    yield from _turned(first)
     waits = [form for form in first if form.seconds > (1 + WAITING) * form.busy_seconds]
     if gathers and waits and waits[0].gathers_faster:
         yield from _weighed(
@@ -302,8 +305,18 @@ def _variants(made: Plan, gathers: bool) -> Iterator[Plan | Branch]:
     if made.strategy == "sap" and parts and parts[0] in waits:
         yield Branch(
             parts[0].least_seconds,
-            lambda: _weighed([dataclasses.replace(parts[0], stages=stages) for stages in STAGES[False]]),
+            lambda: _turned(
+                _weighed([dataclasses.replace(parts[0], stages=stages) for stages in STAGES[False]])
+            ),
         )
+
+
+def _turned(plans: list[Plan]) -> Iterator[Plan | Branch]:
+    """Plans and, where heads are exchanged, the same with some of these computed after the others."""
+    yield from plans
+    if (saved := plans[0].saved_seconds) > 0:
+        least = min(plan.seconds for plan in plans) - saved
+        yield Branch(least, lambda: [plan.in_turns(turns) for plan in plans for turns in TURNS[1:]])
 
 
 def _weighed(plans: list[Plan]) -> list[Plan]:

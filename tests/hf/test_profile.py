@@ -202,7 +202,11 @@ def on_4(tmp_path_factory: pytest.TempPathFactory) -> Together:
 
 @functools.cache
 def plan_of(
-    lengths: tuple[int, ...], cp_size: int, options: tuple[tuple[str, Any], ...], hardware: Any
+    lengths: tuple[int, ...],
+    cp_size: int,
+    options: tuple[tuple[str, Any], ...],
+    hardware: Any,
+    recomputed: bool = False,
 ) -> Any:
     """The plan that attach makes for a pack in float64."""
     asked = dict(options)
@@ -215,15 +219,17 @@ def plan_of(
             shape=Shape(4, 2, 8, 8),
             hardware=hardware,
             ulysses_size=asked.get("ulysses_size", "auto"),
+            recomputed=recomputed,
         )
     )
 
 
 def expected(packs: Any, case: Case, steps: int = 1, hardware: Any = HARDWARE) -> dict[str, float]:
     """Figures of one log over `steps` optimizer steps that train on `packs`."""
-    plans = [plan_of(lengths, case.cp_size, tuple(case.options.items()), hardware) for lengths in packs]
-    node = np.arange(case.cp_size) // hardware.ranks_per_node
     kept, recomputed = case.options.get("remote_kv") == "keep", "gradient_checkpointing" in case.args
+    asked = case.cp_size, tuple(case.options.items()), hardware, recomputed and not kept
+    plans = [plan_of(lengths, *asked) for lengths in packs]
+    node = np.arange(case.cp_size) // hardware.ranks_per_node
     # A recompute has no rows of the forward, but its out: it fetches once, as any backward, and exchanges heads again.
     sent = sum(sum(planned_bytes(plan, kept and not recomputed)) for plan in plans) * LAYERS
     if recomputed and not kept:
@@ -297,7 +303,7 @@ def test_nothing_is_installed_where_nothing_was_asked_for(on_4: Together) -> Non
 
 
 def test_a_loop_of_ones_own_gets_the_same(on_4: Together) -> None:
-    case = Case(cp_size=4, options={"strategy": "sap", "ulysses_size": 1})
+    case = Case(cp_size=4, options={"strategy": "sap"})
     # The launcher of the tests puts all ranks on one node.
     hardware = dataclasses.replace(PRESETS["cpu"], ranks_per_node=4)
     for taken in on_4["own-loop"]:

@@ -63,6 +63,7 @@ def test_figures_are_those_of_the_plan_with_that_strategy_and_layout(strategy: s
         "start": plan.placement.start,
         "strategy": strategy,
         "ulysses_size": 1,
+        "turns": 1,
         "stages": plan.widest.stages,
         "whole": plan.widest.whole,
         "deliveries": list(plan.deliveries),

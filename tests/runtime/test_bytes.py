@@ -223,7 +223,9 @@ def planned_bytes(plan, keep=False):
 def planned_heads(plan):
     """(W, W) bytes of the heads that a layer's forward exchanges."""
     size = plan.ulysses_size
-    sent = sum(head_bytes(plan.shape, size, plan.rows_per_rank)) if size > 1 else np.zeros((1, 1))
+    sent = np.zeros((1, 1))
+    if size > 1:
+        sent = sum(way.sum(axis=0) for way in head_bytes(plan.shape, size, plan.rows_per_rank, plan.turns))
     return np.kron(np.eye(plan.cp_size // size), sent)
 
 

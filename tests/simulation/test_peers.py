@@ -198,6 +198,23 @@ def test_a_plan_takes_what_its_own_model_says_where_the_simulation_adds_nothing(
     np.testing.assert_allclose(backward, expected.backward + expected.backward_exposed, rtol=1e-7)
 
 
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("slower", [1, 300])
+def test_exchanged_heads_take_what_the_plans_own_model_says(slower, turns):
+    h100 = PRESETS["h100"]
+    # Of copies the plan's model says that nothing goes on beside them, the simulation that they are a part of kernels.
+    free = {"call_seconds": 1e-20, "copy_bytes_per_s": 1e30}
+    hardware = dataclasses.replace(h100, node_bytes_per_s=h100.node_bytes_per_s / slower, **free)
+    shape = dataclasses.replace(SHAPE, num_heads=16, num_kv_heads=8)
+    asked = Request(Documents.from_lengths(lengths(3)), 4, ulysses_size=4, shape=shape, hardware=hardware)
+    plan = dataclasses.replace(make_plan(asked), turns=turns)
+    expected = plan.layer_seconds
+    machine = Machine(hardware, eager_bytes_per_s=hardware.copy_bytes_per_s)
+    forward, backward = planned(plan, EXACT).seconds(machine)
+    np.testing.assert_allclose(forward, expected.forward + expected.forward_exposed, rtol=1e-7)
+    np.testing.assert_allclose(backward, expected.backward + expected.backward_exposed, rtol=1e-7)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_a_plan_that_exchanges_heads_computes_every_pair_once(size):
     hardware = dataclasses.replace(PRESETS["h100"], ranks_per_node=NODE)
