@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 
 from sap_hf.planning import compile_program
 from sap_hf.planning.heads import split_turns
 from tests.dist import run_ranks
-from tests.runtime.parity import Case
+from tests.runtime.parity import Case, attend, inputs
 from tests.runtime.test_issued import record
 
 WORLD, SIZE = 4, 2
@@ -136,3 +137,23 @@ def test_out_of_a_turn_leaves_before_the_next_one_is_computed(issued):
         attends = [at for at, entry in enumerate(forward) if entry[0] == "attend"]
         in_a_turn = len(attends) // 2
         assert attends[in_a_turn - 1] < home < attends[in_a_turn]
+
+
+def backwards(rank, world):
+    """Gradients of two backwards of one forward; the second one frees what was saved."""
+    case = CASES[1]
+    given, plan = inputs(case, world), case.plan(world)
+    rows = torch.from_numpy(plan.rows(rank))
+    leaves = [tensor[rows].requires_grad_() for tensor in (given.q, given.k, given.v)]
+    out = attend(*leaves, plan, case, None)
+    found = [
+        torch.autograd.grad(out, leaves, given.dout[rows], retain_graph=first) for first in (True, False)
+    ]
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, leaves, given.dout[rows])
+    return found
+
+
+def test_what_was_saved_serves_as_many_backwards_as_were_asked_for():
+    for first, second in run_ranks(backwards, WORLD):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
