@@ -14,8 +14,8 @@ import numpy as np
 from sap_hf.planning.balance_search import improve
 from sap_hf.planning.balance_swap import SHARE, Problem
 from sap_hf.planning.documents import Documents, Int64
-from sap_hf.planning.layout import Layout
-from sap_hf.planning.schedule import sum_by
+from sap_hf.planning.layout import Layout, joined
+from sap_hf.planning.schedule import columns, sum_by
 
 # A balanced layout's busiest rank has at most this much of the mean work, in thousandths.
 LIMIT = 1050
@@ -25,8 +25,6 @@ FEW_PER_RANK = 8
 FEW = 4096
 # Documents with less than this part of a rank's work are placed by a heap, all of them at once.
 SMALL = SHARE * 5 // 8
-# Above every score.
-NEVER = np.iinfo(np.int64).max
 
 # runs (n, 3) document, start, stop; the item that each belongs to (n,); the rank of each item (m,).
 Start = tuple[Int64, Int64, Int64]
@@ -106,30 +104,32 @@ def document_aware(p: Problem, limit: int = LIMIT - 20, kept: int = 4) -> Start:
     large = int((u > SMALL).sum())
     most, nearly, filled = SHARE * limit // 1000, SHARE - SHARE // 50, SHARE + SHARE // 50
     spare = _spare(p) * kept // 4
-    load, full = np.zeros(p.cp_size, np.int64), np.zeros(p.cp_size, np.int64)
+    ranks, load, full = range(p.cp_size), [0] * p.cp_size, [0] * p.cp_size
     # What a tail may take from a rank whose rows are not nearly all taken.
-    budget = np.full(p.cp_size, most - spare)
+    budget = [most - spare] * p.cp_size
     runs: list[tuple[int, int, int]] = []
     rank: list[int] = []
     some = p.by_work[:large]
-    columns = (-u[some], v[some], some, p.lengths[some])
-    waiting: list[Waiting] = list(zip(*(column.tolist() for column in columns)))
+    large_ones = (-u[some], v[some], some, p.lengths[some])
+    waiting: list[Waiting] = list(zip(*(column.tolist() for column in large_ones)))
     heapq.heapify(waiting)
     while waiting and -waiting[0][0] > SMALL:
         minus_work, rows, document, stop = heapq.heappop(waiting)
         work, start, to = -minus_work, 0, -1
-        if int(load.min()) <= most - work:
-            fits = (load <= most - work) & (full <= filled - rows)
-            best = int(np.where(fits, work * load + rows * full, NEVER).argmin())
-            to = best if fits[best] else -1
+        if min(load) <= most - work:
+            fits = [r for r in ranks if load[r] <= most - work and full[r] <= filled - rows]
+            to = min(fits, key=lambda r: work * load[r] + rows * full[r], default=-1)
         if to < 0:
-            to = int(budget.argmax())
-            amount = min(int(budget[to]), work)
+            amount = min(max(budget), work)
             if amount < SHARE // 20:
-                score = work * load + rows * full
-                to = int((score + 16 * SHARE * np.maximum(full + rows - SHARE, 0)).argmin())
+                score = [
+                    work * load[r] + rows * full[r] + 16 * SHARE * max(full[r] + rows - SHARE, 0)
+                    for r in ranks
+                ]
+                to = score.index(min(score))
             else:
-                room = p.rows_per_rank * (SHARE - int(full[to])) // SHARE
+                to = budget.index(max(budget))
+                room = p.rows_per_rank * (SHARE - full[to]) // SHARE
                 start = p.rows_with((work - amount) * p.share // SHARE) if amount < work else 0
                 start = min(max(start, stop - room), stop - 1)
                 rest = p.upto_one(start) * SHARE // p.share
@@ -140,21 +140,14 @@ def document_aware(p: Problem, limit: int = LIMIT - 20, kept: int = 4) -> Start:
         rank.append(to)
         load[to] += work
         full[to] += rows
-        taken, held = int(load[to]), int(full[to])
-        budget[to] = most - taken - spare * (SHARE - held) // SHARE if held < nearly else -SHARE
+        budget[to] = most - load[to] - spare * (SHARE - full[to]) // SHARE if full[to] < nearly else -SHARE
     # Heads are left over beside the small documents.
     small = p.by_work[large:]
     heads = np.array(waiting, np.int64).reshape(-1, 4)
-    columns = (
-        np.concatenate([u[small], -heads[:, 0]]),
-        np.concatenate([v[small], heads[:, 1]]),
-        np.concatenate([small, heads[:, 2]]),
-        np.concatenate([p.lengths[small], heads[:, 3]]),
-    )
-    order = np.lexsort((columns[2], columns[1], -columns[0]))
-    work_of, rows_of, document_of, stop_of = (column[order] for column in columns)
-    poured = np.stack([document_of, np.zeros_like(order), stop_of], axis=1)
-    rank += _pour(work_of, rows_of, load.tolist(), full.tolist())
+    left = np.concatenate([columns(-u[small], v[small], small, p.lengths[small]), heads])
+    minus_work, rows_of, document_of, stop_of = left[np.lexsort(left.T[2::-1])].T
+    poured = columns(document_of, np.zeros(len(left), np.int64), stop_of)
+    rank += _pour(-minus_work, rows_of, load, full)
     placed = np.concatenate([np.array(runs, np.int64).reshape(-1, 3), poured])
     return placed, np.arange(len(placed)), np.array(rank, np.int64)
 
@@ -304,18 +297,14 @@ def lay_out(documents: Documents, p: Problem, runs: Int64, start: str) -> Layout
         rank = name[rank]
     # What reads rows of other ranks comes last, so that its queries lie together, and so do all others.
     missing = share - sum_by(rank, runs[:, 3] - runs[:, 2], cp_size)
-    stop = documents.rows + np.cumsum(missing)
-    padded = np.flatnonzero(missing)
+    stop = documents.rows + missing.cumsum()
+    padded = missing.nonzero()[0]
     rank = np.concatenate([rank, padded])
     reads = np.concatenate([runs[:, 2] > 0, np.ones(len(padded), bool)])
     begin = np.concatenate([first + runs[:, 2], (stop - missing)[padded]])
     end = np.concatenate([first + runs[:, 3], stop[padded]])
     order = np.argsort((2 * rank + reads) * (share * cp_size) + begin, kind="stable")
-    rank, begin, end = rank[order], begin[order], end[order]
-    new = np.ones(len(rank), bool)
-    new[1:] = (rank[1:] != rank[:-1]) | (begin[1:] != end[:-1])
-    segments = np.stack([rank[new], begin[new], end[np.append(new[1:], True)]], axis=1)
-    return Layout("balanced", cp_size, share, segments, start)
+    return Layout("balanced", cp_size, share, joined(rank[order], begin[order], end[order]), start)
 
 
 ZIGZAG = "zigzag_parts 900"

@@ -47,18 +47,19 @@ def into_nodes(p: Problem, runs: Int64, owner: Int64) -> Int64:
     return number
 
 
-def _readers(p: Problem, runs: Int64, owner: Int64) -> list[tuple[int, int]]:
+def _readers(p: Problem, runs: Int64, owner: Int64) -> list[list[int]]:
     """Pairs of ranks of which one reads rows of the other, those that read most first."""
-    part = np.flatnonzero(runs[:, 2] - runs[:, 1] < p.lengths[runs[:, 0]])
-    part = part[np.lexsort((runs[part, 1], runs[part, 0]))]
-    document, start, stop = runs[part].T.tolist()
-    rank = owner[part].tolist()
-    read: dict[tuple[int, int], int] = {}
-    for i, reader in enumerate(rank):
-        for j in range(i - 1, -1, -1):
-            if document[j] != document[i]:
-                break
-            if rank[j] != reader:
-                pair = min(rank[j], reader), max(rank[j], reader)
-                read[pair] = read.get(pair, 0) + stop[j] - start[j]
-    return sorted(read, key=lambda pair: (-read[pair], pair))
+    part = runs[:, 2] - runs[:, 1] < p.lengths[runs[:, 0]]
+    (document, start, stop), rank = runs[part].T, owner[part]
+    order = np.lexsort((start, document))
+    document, rows, rank = document[order], (stop - start)[order], rank[order]
+    # A run reads the rows of all runs before it in its document.
+    first = np.searchsorted(document, document)
+    before = np.arange(len(document)) - first
+    reader = np.repeat(np.arange(len(document)), before)
+    read = np.arange(len(reader)) - np.repeat(np.cumsum(before) - before - first, before)
+    one, other = np.minimum(rank[reader], rank[read]), np.maximum(rank[reader], rank[read])
+    amount = sum_by(one * p.cp_size + other, rows[read] * (one < other), p.cp_size**2)
+    pair = np.argsort(-amount, kind="stable")[: int((amount > 0).sum())]
+    pairs: list[list[int]] = np.stack(np.divmod(pair, p.cp_size), axis=1).tolist()
+    return pairs

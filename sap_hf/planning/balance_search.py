@@ -13,7 +13,7 @@ import numpy as np
 from sap_hf.planning.balance_nodes import into_nodes
 from sap_hf.planning.balance_swap import Problem, swap
 from sap_hf.planning.documents import Int64
-from sap_hf.planning.schedule import sum_by
+from sap_hf.planning.schedule import columns, sum_by
 
 # Runs that a cut and a trade look at.
 CUT_AMONG = 6
@@ -27,7 +27,7 @@ class Ranks:
     def __init__(self, p: Problem, runs: Int64) -> None:
         self.p = p
         runs = runs[np.argsort(runs[:, 0], kind="stable")]
-        low, high = p.upto(runs[:, 2]), p.upto(runs[:, 3])
+        low, high = p.upto(runs[:, 2:].T)
         border = np.searchsorted(runs[:, 0], np.arange(p.cp_size + 1)).tolist()
         table = list(zip(*runs[:, 1:].T.tolist(), low.tolist(), high.tolist()))
         self.runs: list[list[tuple[int, int, int, int, int]]] = [
@@ -75,7 +75,7 @@ class Ranks:
         """(n, 4) runs: rank, document, start, stop."""
         document, start, stop, _, _ = zip(*itertools.chain.from_iterable(self.runs))
         rank = np.repeat(np.arange(self.p.cp_size), [len(runs) for runs in self.runs])
-        return np.stack([rank, np.array(document), np.array(start), np.array(stop)], axis=1)
+        return columns(rank, *(np.fromiter(of, np.int64, len(rank)) for of in (document, start, stop)))
 
 
 def cut_work(ranks: Ranks, most: int, budget: int) -> None:
@@ -119,20 +119,22 @@ def fill(ranks: Ranks, most: int) -> None:
     """Move heads, tails and whole runs from ranks with more than C rows to the emptiest, until none has more."""
     p = ranks.p
     room, penalty = p.rows_per_rank, 4 * p.rows_per_rank
-    everyone = range(p.cp_size)
-    for source in sorted(range(p.cp_size), key=lambda r: -ranks.rows[r]):
-        while ranks.rows[source] > room:
+    work_of, rows_of, cut = ranks.work, ranks.rows, ranks.cut
+    # Nobody falls below C rows here: only those with fewer from the beginning have room.
+    roomy = [rank for rank, held in enumerate(rows_of) if held < room]
+    for source in sorted(range(p.cp_size), key=lambda r: -rows_of[r]):
+        while rows_of[source] > room:
             # Ranks of other nodes only when none of this one has room.
             near = p.near[source]
-            some = near if min(ranks.rows[near.start : near.stop]) < room else everyone
-            emptiest = min(ranks.rows[some.start : some.stop])
-            wanted = min(ranks.rows[source] - room, room - emptiest)
+            some = [rank for rank in roomy if rank in near and rows_of[rank] < room] or roomy
+            emptiest = min([rows_of[rank] for rank in some])
+            wanted = min(rows_of[source] - room, room - emptiest)
             # Of the ranks that can take half of it, the one with least work.
             fits = room - (wanted + 1) // 2
-            to = min([r for r in some if ranks.rows[r] <= fits], key=ranks.work.__getitem__)
-            wanted = min(wanted, room - ranks.rows[to])
-            spare, burden = most - ranks.work[to], ranks.work[source] - most
-            mine, cut = ranks.runs[source], ranks.cut
+            to = min([rank for rank in some if rows_of[rank] <= fits], key=work_of.__getitem__)
+            wanted = min(wanted, room - rows_of[to])
+            spare, burden = most - work_of[to], work_of[source] - most
+            mine = ranks.runs[source]
             # What a run costs at least: rows that must come back, or that stay too many.
             least = [
                 wanted - 2 * min(wanted, stop - start) if document in cut else abs(stop - wanted)
@@ -174,6 +176,8 @@ def fill(ranks: Ranks, most: int) -> None:
             assert best is not None
             _, at, is_tail, rows = best
             ranks.give(source, at, to, rows, not is_tail)
+            if rows_of[to] == room:
+                roomy.remove(to)
 
 
 def trade(ranks: Ranks, most: int, budget: int) -> None:
@@ -191,18 +195,12 @@ def trade(ranks: Ranks, most: int, budget: int) -> None:
         other_ends = _ends(ranks, idle, light, busy)
         best: tuple[int, int, int, int, bool, bool] | None = None
         for keys, at, head, size, fixed, each, cut, done in _ends(ranks, busy, deep, idle):
-            for (
-                other_keys,
-                back,
-                other_head,
-                other_size,
-                other_fixed,
-                other_each,
-                other_cut,
-                other_done,
-            ) in other_ends:
-                if keys <= other_keys:
+            for other in other_ends:
+                if keys <= other[0]:
                     continue
+                other_keys, back, other_head, other_size, other_fixed, other_each, other_cut, other_done = (
+                    other
+                )
                 rows = min(amount // (keys - other_keys), size, other_size)
                 if not rows:
                     continue
@@ -261,14 +259,15 @@ def improve(p: Problem, runs: Int64, item: Int64, rank: Int64, limit: int) -> In
     Returns:
         (k, 4) runs: rank, document, start, stop.
     """
-    work = sum_by(item, p.upto(runs[:, 2]) - p.upto(runs[:, 1]), len(rank))
+    low, high = p.upto(runs[:, 1:].T)
+    work = sum_by(item, high - low, len(rank))
     rows = sum_by(item, runs[:, 2] - runs[:, 1], len(rank))
     rank = swap(p, rank, *p.shares(work, rows), min(16, 4 + p.cp_size // 2))
     owner = rank[item]
     if p.node < p.cp_size:
         # Before anything is cut: rows are then given to ranks of the same node first.
         owner = into_nodes(p, runs, owner)[owner]
-    ranks = Ranks(p, np.concatenate([owner[:, None], runs], axis=1))
+    ranks = Ranks(p, columns(owner, *runs.T))
     allowed = p.share * (limit - 1) // 1000
     for turn in range(TURNS):
         # Each turn aims lower, so that what the filling adds ends below the limit.

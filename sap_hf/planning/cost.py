@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sap_hf.planning.documents import Int64
 from sap_hf.planning.hardware import Hardware
-from sap_hf.planning.schedule import Bundle, is_full, sum_by, tile_pairs
+from sap_hf.planning.schedule import Bundle, ends, is_full, sum_by, tile_pairs
 
 Float64 = NDArray[np.float64]
 # Matrix products of the backward over those of the forward: 5 (S, dP, dQ, dK, dV) to 2 (S, O).
@@ -79,14 +79,12 @@ class Wires:
         there, back: (S, V, W) seconds until each rank has sent and received its part: of the rows in the forward, and
             of dK/dV on their way home.
         starts: (S, V, W) seconds of these that starting the messages takes, one way.
-        link: (V, W) seconds that the bytes of all stages take on a rank's links, one way.
     """
 
     deliveries: tuple[tuple[str, ...], ...]
     there: Float64
     back: Float64
     starts: Float64
-    link: Float64
 
     @property
     def seconds(self) -> Float64:
@@ -102,6 +100,16 @@ def kernel_seconds(pairs: Int64, rows: Int64, layers: int, shape: Shape, hardwar
     """
     forward, backward = kernel_parts(pairs, layers * rows, layers * rows, shape, hardware)
     total: Float64 = forward + backward + 2 * layers * (rows > 0) * hardware.call_seconds
+    return total
+
+
+def moving_seconds(
+    pairs: Int64, rows: Int64, layers: int, ways: tuple[Float64, Float64], shape: Shape, hardware: Hardware
+) -> Float64:
+    """`kernel_seconds` at least, and no less than the ways take that forward and backward wait for."""
+    forward, backward = kernel_parts(pairs, layers * rows, layers * rows, shape, hardware)
+    start = layers * (rows > 0) * hardware.call_seconds
+    total: Float64 = np.maximum(forward + start, ways[0]) + np.maximum(backward + start, ways[1])
     return total
 
 
@@ -183,12 +191,17 @@ class LayerCosts:
         forward, backward = busy.sum(axis=0), busy_back.sum(axis=0)
         return np.stack([forward, now - forward, backward, end - backward])
 
-    @functools.cached_property
-    def least(self) -> Float64:
-        """(V, W) no more than forward and backward take, however many stages bring the same rows."""
-        forward, backward = map(np.add, self._kernels, self._copies(self._held.at_best()))
-        link = self.wires.link
-        least: Float64 = np.maximum(forward.sum(axis=0), link) + np.maximum(backward.sum(axis=0), 2 * link)
+    def least(self, number: int, link: Float64) -> Float64:
+        """(W,) no more than a schedule's forward and backward take, however many stages bring the same rows.
+
+        Args:
+            link: (W,) seconds that the bytes of all stages take on a rank's links, one way.
+        """
+        forward, backward = (
+            (kernels + copies)[:, number].sum(axis=0)
+            for kernels, copies in zip(self._kernels, self._copies(self._held.at_best()))
+        )
+        least: Float64 = np.maximum(forward, link) + np.maximum(backward, 2 * link)
         return least
 
     def _copies(self, held: TileRows) -> list[Float64]:
@@ -304,38 +317,42 @@ def tile_rows(bundle: Bundle) -> TileRows:
     # that are read by tiles of other queries too.
     local = bundle.tile_step == 0
     mixed, shared = (long & ~local).nonzero()[0], ((long | full) & local).nonzero()[0]
-    source, destination, start, stop = bundle.transfers
-    lift = bundle.transfer_number * ranks[1]
-    source, destination = source + lift, destination + lift
-    kept = _distinct(
-        np.concatenate([source, which[mixed], which[shared]]),
-        np.concatenate([start, q_start[mixed], k_start[shared]]),
-        np.concatenate([stop, q_stop[mixed], np.minimum(k_stop[shared], q_start[shared])]),
-        width,
+    # All schedules move the same rows: what is sent is put together once.
+    source, destination, start, stop = bundle.schedules[0].transfers.T
+    sent, received = (sum_by(of, stop - start, ranks[1]) for of in (source, destination))
+    sender, start, stop = union(source, start, stop)
+    sender = (sender + np.arange(ranks[0])[:, None] * ranks[1]).ravel()
+    rank, start, stop = union(
+        np.concatenate([sender, which[mixed], which[shared]]),
+        np.concatenate([*[start] * ranks[0], q_start[mixed], k_start[shared]]),
+        np.concatenate([*[stop] * ranks[0], q_stop[mixed], np.minimum(k_stop[shared], q_start[shared])]),
     )
-    sent, received = (sum_by(of, stop - start, width) for of in (source, destination))
-    halved = (np.bincount(which[local], minlength=width) > 1) & (sent + received > 0)
-    kept, sent, received = (of.reshape(ranks) for of in (kept, sent, received))
+    kept = sum_by(rank, stop - start, width).reshape(ranks)
+    several_local = np.bincount(which[local], minlength=width).reshape(ranks) > 1
+    halved = several_local & (sent + received > 0)
+    sent, received = (np.broadcast_to(of, ranks) for of in (sent, received))
     # What a tile reads of the rank's earlier pieces lies elsewhere than what it receives.
     pieces = (keys[1] - queries[1]).sum(axis=0) > received
     several = count[1:] > 1
     scattered = np.concatenate([several, (several[0] | (pieces & (count[1] > 0)))[None]])
-    return TileRows(at, queries, keys, scattered, halved.reshape(ranks), kept, sent, received)
+    return TileRows(at, queries, keys, scattered, halved, kept, sent, received)
 
 
-def _distinct(rank: Int64, start: Int64, stop: Int64, ranks: int) -> Int64:
-    """(ranks,) rows in any of a rank's ranges."""
+def union(rank: Int64, start: Int64, stop: Int64) -> tuple[Int64, Int64, Int64]:
+    """Ranges of ranks' rows, (n,) each, as the fewest that have the same rows."""
     if not len(rank):
-        return np.zeros(ranks, np.int64)
-    # Ranks are lifted apart, so that one scan finds what is new in each range.
+        return rank, start, stop
+    # Ranks are lifted apart, so that one scan finds where each range ends.
     lift = rank * (int(stop.max()) + 1)
     first = start + lift
-    # The union of equal starts is the same in any order.
-    order = first.argsort()
-    rank, first, last = rank.take(order), first.take(order), (stop + lift).take(order)
-    begin = first.copy()
-    np.maximum(first[1:], np.maximum.accumulate(last[:-1]), out=begin[1:])
-    return sum_by(rank, np.maximum(last - begin, 0), ranks)
+    # Much is in order already: a stable sort is the fastest.
+    order = first.argsort(kind="stable")
+    end = np.maximum.accumulate((stop + lift).take(order))
+    new = np.ones(len(order), bool)
+    new[1:] = first.take(order[1:]) > end[:-1]
+    opens, closes = ends(new)
+    opens = order.take(opens)
+    return rank.take(opens), start.take(opens), end.take(closes) - lift.take(opens)
 
 
 def copied_bytes(held: TileRows, shape: Shape) -> tuple[Int64, Int64]:

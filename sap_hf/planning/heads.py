@@ -158,18 +158,19 @@ class HeadSeconds:
         return alone * self.again
 
     def with_layer(self, seconds: Float64, links: Float64, contention: float) -> Float64:
-        """(4, groups * U) the fields of Seconds of a layer, heads included.
+        """(4, ..., groups * U) the fields of Seconds of layers, heads included.
 
         Args:
-            seconds: (4, groups) of all turns without heads. links, contention: as of `in_turns`, forward and backward.
+            seconds: (4, ..., groups) of all turns without heads.
+            links, contention: as of `in_turns`, forward and backward.
         """
         made = np.repeat(seconds[..., None], self.around.size, axis=-1)
         for way, (come, go) in enumerate(((self.there, self.back), (self.back, self.there))):
             busy, exposed = made[2 * way : 2 * way + 2]
-            total = in_turns(busy + exposed, links[way, :, None], come, go, self.share, contention)
+            total = in_turns(busy + exposed, links[way, ..., None], come, go, self.share, contention)
             exposed[:] = total + self.around - busy
         made[3] += self._recompute
-        return made.reshape(4, -1)
+        return made.reshape(*seconds.shape[:-1], -1)
 
 
 def in_turns(

@@ -15,7 +15,7 @@ import numpy as np
 
 from sap_hf.errors import LayoutError
 from sap_hf.planning.documents import Documents, Int64
-from sap_hf.planning.schedule import sum_by
+from sap_hf.planning.schedule import columns, ends, sum_by
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +58,15 @@ def contiguous(rows: int, cp_size: int, multiple: int = 1) -> Layout:
     """Rank r holds rows [rC, (r+1)C)."""
     share = rows_each(rows, cp_size, multiple)
     edges = np.arange(cp_size + 1) * share
-    return Layout("contiguous", cp_size, share, np.stack([np.arange(cp_size), edges[:-1], edges[1:]], axis=1))
+    return Layout("contiguous", cp_size, share, columns(np.arange(cp_size), edges[:-1], edges[1:]))
+
+
+def joined(rank: Int64, start: Int64, stop: Int64) -> Int64:
+    """(n, 3) segments of ranges (m,), those that follow each other on one rank as one."""
+    new = np.ones(len(rank), bool)
+    new[1:] = (rank[1:] != rank[:-1]) | (start[1:] != stop[:-1])
+    first, last = ends(new)
+    return columns(rank[first], start[first], stop[last])
 
 
 def zigzag(rows: int, cp_size: int, multiple: int = 1) -> Layout:
@@ -68,13 +76,9 @@ def zigzag(rows: int, cp_size: int, multiple: int = 1) -> Layout:
     edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     rank = np.repeat(np.arange(cp_size), 2)
     chunk = np.where(np.arange(2 * cp_size) % 2, 2 * cp_size - 1 - rank, rank)
-    segments = np.stack([rank, edges[chunk], edges[chunk + 1]], axis=1)
-    segments = segments[segments[:, 2] > segments[:, 1]]
-    # The last rank's chunks are neighbours: one segment.
-    new = np.ones(len(segments), bool)
-    new[1:] = (segments[1:, 0] != segments[:-1, 0]) | (segments[1:, 1] != segments[:-1, 2])
-    stop = segments[np.append(new[1:], True), 2]
-    return Layout("zigzag", cp_size, share, np.stack([segments[new, 0], segments[new, 1], stop], axis=1))
+    start, stop = edges[chunk], edges[chunk + 1]
+    some = stop > start
+    return Layout("zigzag", cp_size, share, joined(rank[some], start[some], stop[some]))
 
 
 LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag}
@@ -96,7 +100,8 @@ class Pieces:
 
     def select(self, chosen: Int64) -> Pieces:
         """The pieces at the given indices."""
-        return Pieces(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+        held = (self.rank, self.document, self.start, self.stop, self.local)
+        return Pieces(*(column.take(chosen) for column in held))
 
 
 @functools.lru_cache(maxsize=16)
@@ -108,10 +113,12 @@ def cut(documents: Documents, layout: Layout) -> Pieces:
     local = offset - rank * layout.rows_per_rank
     order = np.argsort(start, kind="stable")
     rank, start, local = rank[order], start[order], local[order]
-    borders = np.sort(np.concatenate([documents.cu_seqlens, start[start < documents.rows]]))
-    # Where a document and a segment begin together, one border.
-    borders = borders[np.append(borders[1:] != borders[:-1], True)]
+    borders = np.concatenate([documents.cu_seqlens, start[start < documents.rows]])
+    borders.sort()
     begin, end = borders[:-1], borders[1:]
+    # Where a document and a segment begin together, one border.
+    apart = end != begin
+    begin, end = begin[apart], end[apart]
     segment = np.searchsorted(start, begin, side="right") - 1
     return Pieces(
         rank[segment], documents.index_of(begin), begin, end, local[segment] + begin - start[segment]
@@ -142,7 +149,7 @@ def work_held(
 
 def pairs_upto(rows: Int64, windows: Mapping[int | None, int]) -> Int64:
     """Query-key pairs of a document's first `rows` rows, any shape, over all layers."""
-    total = np.zeros_like(rows)
+    total = np.zeros(rows.shape, np.int64)
     for window, layers in windows.items():
         near = rows if window is None else np.minimum(rows, window)
         seen = near * (near + 1) // 2

@@ -17,9 +17,9 @@ from sap_hf.planning import cost
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.hardware import Hardware
 from sap_hf.planning.heads import HeadSeconds, head_seconds, least_head_seconds, rank_shapes
-from sap_hf.planning.layout import Layout, rows_held, work_held
-from sap_hf.planning.schedule import DESTINATION, START, STOP, Bundle, Schedule, Step, sum_by
-from sap_hf.planning.wires import gather_link_seconds, wire_seconds
+from sap_hf.planning.layout import Layout
+from sap_hf.planning.schedule import DESTINATION, START, STOP, Bundle, Schedule, sum_by
+from sap_hf.planning.wires import wire_seconds
 
 Window = int | None
 Planner = Callable[[Documents, Layout, Window, int, bool], Schedule]
@@ -27,11 +27,21 @@ Planner = Callable[[Documents, Layout, Window, int, bool], Schedule]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer of one window: its schedule, and where among other schedules it is weighed."""
+    """A layer of one window: its schedule without deliveries, and where among other schedules it is weighed."""
 
-    schedule: Schedule
+    planned: Schedule
     costs: cost.LayerCosts
     number: int
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """The schedule with the fastest deliveries: of the many that are weighed few are asked for."""
+        names = iter(self.costs.wires.deliveries[self.number])
+        steps = tuple(
+            dataclasses.replace(step, delivery=next(names)) if len(step.transfers) else step
+            for step in self.planned.steps
+        )
+        return dataclasses.replace(self.planned, steps=steps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,15 +122,16 @@ class Plan:
         Raises:
             ConfigError: no number of stages keeps to `max_remote_rows`.
         """
-        return self._layer(window).schedule
+        return self.layer(window).schedule
 
-    def _layer(self, window: Window) -> Layer:
-        window = self._seen(window)
+    def layer(self, window: Window) -> Layer:
+        """The layer of this window; derived once, as `schedule`."""
+        window = self.seen(window)
         if window not in self._layers:
             _weigh([self], window)
         return self._layers[window]
 
-    def _seen(self, window: Window) -> Window:
+    def seen(self, window: Window) -> Window:
         """None for a window that all documents fit in."""
         return None if window is not None and window >= int(self.documents.lengths.max()) else window
 
@@ -204,29 +215,36 @@ class Plan:
     @functools.cached_property
     def layer_seconds(self) -> cost.Seconds:
         """(W,) modelled seconds of all layers in `windows`, forward and backward, compute and waiting."""
-        return cost.Seconds(*self._of_all([self._seconds_of(layer) for layer in self._all]))
+        return cost.Seconds(*self._with_heads([(layer, layer.number) for layer in self.layers]))
 
-    def _seconds_of(self, layer: Layer) -> cost.Float64:
-        """(4, W) the fields of Seconds of one layer."""
-        costs, number = layer.costs, layer.number
-        if self.ulysses_size == 1:
-            return costs.seconds()[:, number]
-        turns = len(self._heads.share)
-        seconds, links = costs.seconds(turns)[:, number], costs.links(turns)[:, number]
-        return self._heads.with_layer(seconds, links, self.hardware.contention)
+    def _with_heads(self, layers: list[tuple[Layer, int | slice]]) -> cost.Float64:
+        """(4, ..., W) the fields of Seconds over all layers, exchanges of heads included.
+
+        Args:
+            layers: of each window, and which of the schedules that it is weighed among.
+        """
+        turns = 1 if self.ulysses_size == 1 else len(self.heads.share)
+        every = []
+        for layer, which in layers:
+            seconds = layer.costs.seconds(turns)[:, which]
+            if self.ulysses_size > 1:
+                links = layer.costs.links(turns)[:, which]
+                seconds = self.heads.with_layer(seconds, links, self.hardware.contention)
+            every.append(seconds)
+        return self.of_all(every)
 
     @property
-    def _all(self) -> list[Layer]:
+    def layers(self) -> list[Layer]:
         """The layer of each window."""
-        return [self._layer(window) for window in self.windows]
+        return [self.layer(window) for window in self.windows]
 
-    def _of_all(self, layers: list[cost.Float64]) -> cost.Float64:
-        """(..., W) over all layers from (..., W) of one layer of each window."""
+    def of_all(self, layers: list[cost.Float64]) -> cost.Float64:
+        """Over all layers, from one layer of each window; arrays of one shape."""
         total: cost.Float64 = sum(count * layer for count, layer in zip(self.windows.values(), layers))  # type: ignore[assignment]
         return total
 
     @property
-    def _heads(self) -> HeadSeconds:
+    def heads(self) -> HeadSeconds:
         """Of one layer's exchanges of heads."""
         return head_seconds(*self._exchanged, self.turns)
 
@@ -235,7 +253,7 @@ class Plan:
         return self.shape, self.ulysses_size, self.rows_per_rank, self.hardware, self.recomputed
 
     @property
-    def _least_heads(self) -> cost.Float64:
+    def least_heads(self) -> cost.Float64:
         """(U,) seconds that exchanged heads add at least, in any number of turns."""
         if self.ulysses_size == 1:
             return np.zeros(1)
@@ -246,47 +264,23 @@ class Plan:
         """Modelled seconds of the slowest rank, forward and backward, over the layers in `windows`."""
         return float(self.layer_seconds.total.max())
 
-    @property
+    @functools.cached_property
     def busy_seconds(self) -> float:
         """Of these, what the busiest rank computes: no stages and no delivery can be faster."""
         return float((self.layer_seconds.forward + self.layer_seconds.backward).max())
-
-    def even_seconds(self, pairs: int) -> float:
-        """What `pairs` in all take at least, however evenly they are placed."""
-        share, rows = (np.array([of // self.placement.cp_size]) for of in (pairs, self.documents.rows))
-        return self._kernel_seconds(share, rows)
-
-    def _kernel_seconds(self, pairs: Int64, rows: Int64) -> float:
-        layers = sum(self.windows.values())
-        seconds = cost.kernel_seconds(pairs, rows, layers, self.outer_shape, self.hardware)
-        return float(seconds.max()) + float(self._least_heads.max())
 
     @property
     def saved_seconds(self) -> float:
         """What more turns save at most; 0 where they save nothing."""
         if self.ulysses_size == 1:
             return 0.0
-        return float((sum(self.windows.values()) * self._heads.exposed - self._least_heads).max())
+        return float((sum(self.windows.values()) * self.heads.exposed - self.least_heads).max())
 
     def in_turns(self, turns: int) -> Plan:
         """The same schedules with heads computed in so many turns."""
         made = dataclasses.replace(self, turns=turns)
         made._layers.update(self._layers)
         return made
-
-    @property
-    def least_seconds(self) -> float:
-        """What the same placement takes at least, in however many stages the same rows arrive."""
-        least = self._of_all([layer.costs.least[layer.number] for layer in self._all])
-        return float((least[:, None] + self._least_heads).max())
-
-    @property
-    def gathers_faster(self) -> bool:
-        """Whether a collective could bring every row to every rank, and dK/dV home, in less time than the rows take."""
-        held = rows_held(self.documents, self.placement)
-        there, home = gather_link_seconds(held, self.outer_shape, self.outer_hardware)
-        taken = (layer.costs.wires.seconds[layer.number] for layer in self._all)
-        return any((there + home).max() < seconds.max() for seconds in taken)
 
     @functools.cached_property
     def peak_bytes(self) -> int:
@@ -310,15 +304,15 @@ class Plan:
         """64-bit identity of placement, schedules and delivery: equal digests mean equal plans."""
         state = hashlib.blake2b(digest_size=8)
         state.update(f"{self.strategy} {self.ulysses_size} {self.turns} {self.cp_size}".encode())
-        state.update(self.documents.cu_seqlens.astype("<i8").tobytes())
-        state.update(self.placement.segments.astype("<i8").tobytes())
+        state.update(np.ascontiguousarray(self.documents.cu_seqlens, "<i8").data)
+        state.update(np.ascontiguousarray(self.placement.segments, "<i8").data)
         for window in sorted(self.windows, key=lambda w: -1 if w is None else w):
             schedule = self.schedule(window)
             state.update(f"window {window} slots {schedule.slots} whole {schedule.whole}".encode())
             for step in schedule.steps:
                 state.update(step.delivery.encode())
-                state.update(step.transfers.astype("<i8").tobytes())
-                state.update(step.tiles.astype("<i8").tobytes())
+                state.update(np.ascontiguousarray(step.transfers, "<i8").data)
+                state.update(np.ascontiguousarray(step.tiles, "<i8").data)
         return int.from_bytes(state.digest(), "little")
 
     def __str__(self) -> str:
@@ -327,20 +321,23 @@ class Plan:
         return picture(self)
 
 
-def kernel_seconds(plans: Sequence[Plan]) -> list[float]:
-    """Of plans that differ in placement, the kernels alone on the busiest rank: no schedule is faster."""
-    work = work_held(plans[0].documents, [plan.placement for plan in plans], plans[0].windows)
-    return [plan._kernel_seconds(pairs, rows) for plan, pairs, rows in zip(plans, *work)]
-
-
 def weigh(plans: Sequence[Plan]) -> None:
     """Derive what plans of one placement, strategy and delivery are compared by: all at once takes little longer.
 
     Raises:
         ConfigError: no number of stages keeps to `max_remote_rows`.
     """
-    for window in dict.fromkeys(map(plans[0]._seen, plans[0].windows)):
+    first = plans[0]
+    for window in dict.fromkeys(map(first.seen, first.windows)):
         _weigh(plans, window)
+    everyone = slice(None)
+    forward, exposed, backward, exposed_back = first._with_heads(
+        [(layer, everyone) for layer in first.layers]
+    )
+    totals = (forward + exposed + backward + exposed_back).max(axis=-1).tolist()
+    for plan, seconds, busy in zip(plans, totals, (forward + backward).max(axis=-1).tolist()):
+        # Their cached properties, all at once.
+        vars(plan).update(seconds=seconds, busy_seconds=busy)
 
 
 def _weigh(plans: Sequence[Plan], window: Window) -> None:
@@ -349,12 +346,7 @@ def _weigh(plans: Sequence[Plan], window: Window) -> None:
     wires = wire_seconds(bundle, first._ways, first.outer_shape, first.outer_hardware)
     costs = cost.LayerCosts(bundle, wires, first.outer_shape, first.hardware)
     for number, (plan, made) in enumerate(zip(plans, bundle.schedules)):
-        names = iter(wires.deliveries[number])
-        steps = [
-            Step(step.transfers, step.tiles, next(names)) if len(step.transfers) else step
-            for step in made.steps
-        ]
-        plan._layers[window] = Layer(dataclasses.replace(made, steps=tuple(steps)), costs, number)
+        plan._layers[window] = Layer(made, costs, number)
 
 
 # Candidates are many, machines few.

@@ -86,7 +86,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundle:
-    """V schedules of the same ranks and window as one array, so that all of them are weighed at once.
+    """V schedules of the same ranks, window and rows that move, as one array, so that all are weighed at once.
 
     Attributes:
         stages: S, of the schedule that has most.
@@ -126,6 +126,19 @@ class Bundle:
     def window(self) -> int | None:
         """Of all schedules."""
         return self.schedules[0].window
+
+
+def columns(*of: Int64) -> Int64:
+    """(n, k) of k columns (n,), which lie together in memory: they are read far more often than rows."""
+    return np.array(of).T
+
+
+def ends(new: NDArray[np.bool_]) -> tuple[Int64, Int64]:
+    """The first and the last index of each run, of which `new` marks the first one."""
+    first = new.nonzero()[0]
+    last = np.empty_like(first)
+    last[:-1], last[-1:] = first[1:] - 1, len(new) - 1
+    return first, last
 
 
 def sum_by(index: Int64, amount: Int64, size: int) -> Int64:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sap_hf.planning.cost import Float64, Shape, Wires
 from sap_hf.planning.documents import Int64
@@ -27,13 +28,13 @@ def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: H
     size = stages * each[1] * cp_size
     if not stages:
         none = np.zeros(each)
-        return Wires(((),) * each[1], none, none, none, np.zeros(each[1:]))
+        return Wires(((),) * each[1], none, none, none)
     source, destination, start, stop = bundle.transfers
     amount = (stop - start) * shape.bytes_per_row
     at = ((bundle.transfer_step - 1) * each[1] + bundle.transfer_number) * cp_size
     sender, receiver = at + source, at + destination
     # [inside or outside the node, ...]
-    outside = (source // node != destination // node) * size
+    outside = _leaves(source, destination, cp_size, node) * size
     sent, received = (
         sum_by(outside + rank, amount, 2 * size).reshape(2, *each) for rank in (sender, receiver)
     )
@@ -49,8 +50,9 @@ def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: H
         # Rows of many places are read and written once more, to lie together when they are sent. Their gradients do.
         peers = np.zeros(size * cp_size, bool)
         peers[sender * cp_size + destination] = True
-        sends, to = np.divmod(peers.nonzero()[0], cp_size)
-        receives = sends // cp_size * cp_size + to
+        pairs = peers.nonzero()[0]
+        sends = pairs // cp_size
+        receives = sends // cp_size * cp_size + pairs - sends * cp_size
         count = np.maximum(*(np.bincount(of, minlength=size) for of in (sends, receives))).reshape(each)
         packed = sent.sum(axis=0) * 2 / hardware.copy_bytes_per_s
         starts = _starts(count, hardware)
@@ -64,10 +66,11 @@ def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: H
             there = link_seconds(near, far, far, hardware) + hardware.step_seconds
             there = (there + hops * hardware.message_seconds) * (count.max(axis=-1, keepdims=True) > 0)
         ways.append((there, back, starts))
-    best = np.array([there.max(axis=-1) + back.max(axis=-1) for there, back, _ in ways]).argmin(axis=0)
-    there, back, starts = (np.choose(best[..., None], way) for way in zip(*ways))
-    all_sent, all_received = sent.sum(axis=1), received.sum(axis=1)
-    inside = np.maximum(all_sent[0], all_received[0])
+    # [delivery; there, back or starts; stage, schedule, rank]
+    all_ways = np.array(ways)
+    best = all_ways[:, :2].max(axis=-1).sum(axis=1).argmin(axis=0)
+    chosen = all_ways[best, :, np.arange(stages)[:, None], np.arange(each[1])]
+    there, back, starts = chosen.transpose(2, 0, 1, 3)
     return Wires(
         tuple(
             tuple(names[way] for way in best[: of.stages, number].tolist())
@@ -76,13 +79,27 @@ def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: H
         there,
         back,
         starts,
-        link_seconds(inside, all_sent[1], all_received[1], hardware),
     )
+
+
+def transfer_link_seconds(transfers: Int64, cp_size: int, shape: Shape, hardware: Hardware) -> Float64:
+    """(W,) seconds that the bytes of transfers take on a rank's links, one way."""
+    source, destination, start, stop = transfers.T
+    outside = _leaves(source, destination, cp_size, hardware.ranks_per_node) * cp_size
+    amount = (stop - start) * shape.bytes_per_row
+    sent, received = (
+        sum_by(outside + rank, amount, 2 * cp_size).reshape(2, cp_size) for rank in (source, destination)
+    )
+    return link_seconds(np.maximum(sent[0], received[0]), sent[1], received[1], hardware)
 
 
 def gather_link_seconds(held: Int64, shape: Shape, hardware: Hardware) -> tuple[Float64, Float64]:
     """(W,) seconds that links need at least to bring all ranks' (W,) `held` rows to every rank, and dK/dV home."""
     cp_size, node = len(held), hardware.ranks_per_node
+    if node >= cp_size:
+        inside = np.maximum(held * (cp_size - 1), held.sum() - held) * shape.bytes_per_row
+        home = inside / hardware.node_bytes_per_s
+        return home, home
     nodes = np.arange(cp_size) // node
     ranks = np.bincount(nodes)[nodes]
     near = sum_by(nodes, held, int(nodes[-1]) + 1)[nodes]
@@ -90,11 +107,18 @@ def gather_link_seconds(held: Int64, shape: Shape, hardware: Hardware) -> tuple[
     outside = np.maximum(held * (cp_size - ranks), held.sum() - near)
     inside, outside = inside * shape.bytes_per_row, outside * shape.bytes_per_row
     home = link_seconds(inside, outside, outside, hardware)
-    if node >= cp_size:
-        return home, home
     total = inside + outside
     once = link_seconds(total * (node - 1) // node, total // node, total // node, hardware)
     return np.minimum(once, home), home
+
+
+def _leaves(source: Int64, destination: Int64, cp_size: int, node: int) -> NDArray[np.bool_] | bool:
+    """(n,) whether a transfer goes to another node."""
+    if node >= cp_size:
+        return False
+    of = np.arange(cp_size) // node
+    leaves: NDArray[np.bool_] = of.take(source) != of.take(destination)
+    return leaves
 
 
 def link_seconds(
@@ -109,7 +133,7 @@ def link_seconds(
         return inside / hardware.node_bytes_per_s
     first = np.arange(0, ranks, node)
     of_node = (np.add.reduceat(way, first, axis=-1) for way in (sent, received))
-    shared = np.repeat(np.maximum(*of_node), np.diff(first, append=ranks), axis=-1)
+    shared = np.maximum(*of_node)[..., np.arange(ranks) // node]
     # A rank has its share at least, and no more than a rank alone; with the node's last byte it is done, too.
     own = np.maximum(sent, received)
     done = np.minimum(own / hardware.network_bytes_per_s, shared / (hardware.network_bytes_per_s * node))

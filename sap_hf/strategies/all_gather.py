@@ -10,7 +10,7 @@ import numpy as np
 
 from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.layout import Layout, cut
-from sap_hf.planning.schedule import NO_TRANSFERS, Schedule, Step
+from sap_hf.planning.schedule import NO_TRANSFERS, Schedule, Step, columns
 from sap_hf.strategies.sap import tiles
 
 
@@ -28,14 +28,6 @@ def everything(documents: Documents, layout: Layout) -> Int64:
     source, start, stop = layout.segments.T
     stop = np.minimum(stop, documents.rows)
     ranks = np.arange(layout.cp_size)
-    send = np.stack(
-        [
-            np.repeat(source, layout.cp_size),
-            np.tile(ranks, len(source)),
-            np.repeat(start, layout.cp_size),
-            np.repeat(stop, layout.cp_size),
-        ],
-        axis=1,
-    )
-    some: Int64 = send[(send[:, 0] != send[:, 1]) & (send[:, 2] < send[:, 3])]
-    return some
+    # A segment of padding alone is nobody's to read.
+    segment, destination = np.nonzero((source[:, None] != ranks) & (start < stop)[:, None])
+    return columns(source[segment], destination, start[segment], stop[segment])

@@ -17,6 +17,7 @@ from sap_hf.config import (
     check_ulysses_size,
 )
 from sap_hf.errors import ConfigError, DocumentError, LayoutError
+from sap_hf.planning import bounds
 from sap_hf.planning.balance import balanced, portfolio
 from sap_hf.planning.balance_swap import Problem
 from sap_hf.planning.cost import Shape
@@ -24,8 +25,8 @@ from sap_hf.planning.documents import Documents, Int64
 from sap_hf.planning.hardware import PRESETS, Hardware, find_hardware
 from sap_hf.planning.heads import TURNS, split_heads
 from sap_hf.planning.layout import LAYOUTS as MAKERS
-from sap_hf.planning.layout import Layout, contiguous, pairs_upto
-from sap_hf.planning.plan import Plan, Planner, Window, kernel_seconds, weigh
+from sap_hf.planning.layout import Layout, contiguous, pairs_upto, work_held
+from sap_hf.planning.plan import Plan, Planner, Window, weigh
 from sap_hf.strategies.all_gather import all_gather
 from sap_hf.strategies.ring import ring
 from sap_hf.strategies.sap import sap
@@ -222,28 +223,38 @@ def tree(request: Request) -> Branch:
             shape=request.shape,
             hardware=request.hardware,
             max_remote_rows=request.max_remote_rows,
+            whole=True,
             ulysses_size=size,
             recomputed=request.recomputed,
         )
 
     def of_size(size: int) -> Branch:
-        groups = request.cp_size // size
-        even = planned(size, contiguous(documents.rows, groups, size)).even_seconds(pairs)
+        groups, even = request.cp_size // size, 0.0
+        if len(sizes) > 1:
+            even = bounds.even_seconds(planned(size, contiguous(documents.rows, groups, size)), pairs)
         return Branch(even, lambda: placed(size, groups))
 
     def placed(size: int, groups: int) -> Iterator[Branch]:
         node = max(1, request.hardware.ranks_per_node // size)
-        made = placements(documents, groups, request.layout, windows, size, node)
-        weighed = [planned(size, layout) for layout in made]
-        # The most even first: its time is the least that is known before a schedule is made.
-        least = kernel_seconds(weighed)
+        layouts = placements(documents, groups, request.layout, windows, size, node)
+        weighed = [planned(size, layout) for layout in layouts]
+        work, rows = work_held(documents, layouts, windows)
+        # The most even first: its time is the least that is known before rows are moved.
+        least = bounds.kernel_seconds(weighed[0], work, rows).tolist()
         for number in sorted(range(len(weighed)), key=least.__getitem__):
-            yield Branch(least[number], functools.partial(varied, weighed[number]))
+            held = work[number], rows[number]
+            yield Branch(least[number], functools.partial(moved, weighed[number], least[number], held))
 
-    def varied(made: Plan) -> Iterator[Plan | Branch]:
+    def moved(made: Plan, least: float, held: tuple[Int64, Int64]) -> Iterator[Branch]:
         # Among groups nothing is gathered by a collective: it would be the same messages, and more of them.
         gathers = strategy == "auto" and made.max_remote_rows is None and made.ulysses_size == 1
-        return _variants(made, gathers)
+        # Where rows are limited, whether they can be at all is found only by weighing.
+        if made.strategy == "sap" and made.max_remote_rows is None:
+            moving = bounds.moving_seconds(made, *held)
+            least = (
+                min(moving, bounds.gathering_seconds(made, *held)) if gathers and moving > least else moving
+            )
+        yield Branch(least, lambda: _variants(made, held if gathers else None))
 
     return Branch(0.0, lambda: map(of_size, sizes))
 
@@ -284,27 +295,36 @@ def degrees(cp_size: int, ulysses_size: int | str, strategy: str, delivery: str,
     return [size]
 
 
-def _variants(made: Plan, gathers: bool) -> Iterator[Plan | Branch]:
-    """The placement with every query whole and with its keys in parts, in one stage or more, and as an all-gather.
+def _variants(made: Plan, gathered: tuple[Int64, Int64] | None) -> Iterator[Plan | Branch]:
+    """The placement with every query whole, as it is made, and with its keys in parts, in one stage or more, and as an
+    all-gather.
 
     The local ones of its parts hide the way of the others.
+
+    Args:
+        gathered: work and rows that ranks hold, where an all-gather is weighed, too.
     """
-    whole = [dataclasses.replace(made, whole=True)]
-    parts = [dataclasses.replace(made, whole=False)] if None in made.windows else []
     if made.placement.cp_size == 1 or made.strategy not in ("sap", "all_gather"):
-        yield from _turned(_weighed(whole))
+        yield from _turned(_weighed([made]))
         return
-    finer = [dataclasses.replace(made, whole=True, stages=stages) for stages in STAGES[True]]
-    first = _weighed(whole + (finer if made.strategy == "sap" else []) + parts)
+    parts = [dataclasses.replace(made, whole=False)] if None in made.windows else []
+    finer = [dataclasses.replace(made, stages=stages) for stages in STAGES[True]]
+    first = _weighed([made, *(finer if made.strategy == "sap" else []), *parts])
     yield from _turned(first)
     waits = [form for form in first if form.seconds > (1 + WAITING) * form.busy_seconds]
-    if gathers and waits and waits[0].gathers_faster:
-        yield from _weighed(
-            [dataclasses.replace(form, strategy="all_gather", planner=all_gather) for form in whole + parts]
+    if gathered and waits and bounds.gathers_faster(waits[0], gathered[1]):
+        yield Branch(
+            bounds.gathering_seconds(made, *gathered),
+            lambda: _weighed(
+                [
+                    dataclasses.replace(form, strategy="all_gather", planner=all_gather)
+                    for form in (made, *parts)
+                ]
+            ),
         )
     if made.strategy == "sap" and parts and parts[0] in waits:
         yield Branch(
-            parts[0].least_seconds,
+            bounds.staged_seconds(parts[0]),
             lambda: _turned(
                 _weighed([dataclasses.replace(parts[0], stages=stages) for stages in STAGES[False]])
             ),

@@ -306,8 +306,8 @@ LIMITS = [
     ("short", 1024, 64, 900, 1, 0.8),
     ("magi", 8192, 8, 70, 1, 0.2),
     ("magi", 8192, 64, 900, 1, 0.8),
-    ("short", 1024, 64, 420, 1, 0.8),
-    ("magi", 8192, 64, 420, 1, 1.6),
+    ("short", 1024, 64, 420, 1, 1.0),
+    ("magi", 8192, 64, 420, 1, 1.2),
     ("magi", 8192, 64, 900, "auto", 1.6),
 ]
 
@@ -325,5 +325,6 @@ def test_a_plan_takes_a_part_of_a_million_rounds_of_an_empty_loop(
     # Time of this process alone: others take turns with it.
     seconds = functools.partial(timeit.timeit, timer=time.process_time, number=1)
     loops, plans = zip(*[(seconds(loop), seconds(plan)) for _ in range(15)])
-    # Twice the aim, for machines with small caches; benchmarks/planning.py prints the figures.
-    assert min(plans) <= 2 * limit * min(loops)
+    # Half as much again: where others compute beside it, a plan slows down more than a loop, which needs no cache.
+    # benchmarks/planning.py prints the figures.
+    assert min(plans) <= 1.5 * limit * min(loops)
