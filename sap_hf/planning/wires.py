@@ -83,14 +83,19 @@ def wire_seconds(bundle: Bundle, names: Sequence[str], shape: Shape, hardware: H
 
 
 def transfer_link_seconds(transfers: Int64, cp_size: int, shape: Shape, hardware: Hardware) -> Float64:
-    """(W,) seconds that the bytes of transfers take on a rank's links, one way."""
+    """(W,) seconds that the bytes of transfers take on a rank's links at least, one way, in however many stages.
+
+    A rank has its node's way to others to itself: what ranks share of it, another one may need in another stage.
+    """
     source, destination, start, stop = transfers.T
     outside = _leaves(source, destination, cp_size, hardware.ranks_per_node) * cp_size
     amount = (stop - start) * shape.bytes_per_row
     sent, received = (
         sum_by(outside + rank, amount, 2 * cp_size).reshape(2, cp_size) for rank in (source, destination)
     )
-    return link_seconds(np.maximum(sent[0], received[0]), sent[1], received[1], hardware)
+    inside, own = np.maximum(sent, received)
+    least: Float64 = np.maximum(inside / hardware.node_bytes_per_s, own / hardware.network_alone_bytes_per_s)
+    return least
 
 
 def gather_link_seconds(held: Int64, shape: Shape, hardware: Hardware) -> tuple[Float64, Float64]:
