@@ -25,7 +25,7 @@ def picture(plan: Plan) -> str:
     scale = plan.rows_per_rank / shown
     lines = [
         f"{_count(len(documents), 'document')}, {_count(documents.rows, 'row')}, {_count(plan.cp_size, 'rank')}: "
-        f"{_in_turns(plan)} on {plan.layout}"
+        f"{method(plan)}{f', {plan.turns} turns' if plan.turns > 1 else ''} on {plan.layout}"
         + (f" (one column is about {scale:.3g} rows)" if scale > 1 else "")
     ]
     width = len(str(plan.cp_size - 1))
@@ -58,11 +58,6 @@ def method(plan: Plan) -> str:
     if plan.strategy == "ulysses" or plan.ulysses_size == 1:
         return plan.strategy
     return f"ulysses {plan.ulysses_size} x {plan.strategy}"
-
-
-def _in_turns(plan: Plan) -> str:
-    """The method, and in how many turns heads are computed if there are several."""
-    return f"{method(plan)}, {plan.turns} turns" if plan.turns > 1 else method(plan)
 
 
 def share(plan: Plan) -> float:
@@ -99,7 +94,7 @@ def _cells(plan: Plan) -> tuple[str, ...]:
     ratio = found["ratio_to_lower_bound"]
     return (
         f"{plan.layout} ({found['start']})" if found["start"] else plan.layout,
-        _in_turns(plan),
+        method(plan),
         f"{found['stages']}{' whole' if found['whole'] and found['stages'] else ''}",
         _runs(plan.deliveries),
         f"{plan.seconds * 1e3:.4g}",

@@ -122,7 +122,7 @@ def _forward(
             computed.append(recomputed[number])
             buffers.append(None)
     home.append(turns[-1].exchange.to_rows(computed[-1][:1]))
-    rows = _in_order(home, turns, q.shape[1])
+    rows = _in_order(home, turns)
     if kept is not None and recomputed is None:
         kept.computed = computed
         if turns[0].layer.keep_remote_kv:
@@ -130,7 +130,7 @@ def _forward(
     return rows, heads, computed, buffers
 
 
-def _in_order(home: list[Arriving], turns: tuple[Turn, ...], heads: int) -> torch.Tensor:
+def _in_order(home: list[Arriving], turns: tuple[Turn, ...]) -> torch.Tensor:
     """out (C, H, Dv) from what every neighbour sends home in every turn."""
     parts: dict[int, torch.Tensor] = {}
     for turn in turns:

@@ -163,3 +163,11 @@ def test_a_layer_without_whole_groups_or_width_is_refused_when_weighed() -> None
     for shape in (Shape(8, 3, 64), Shape(8, 0, 64), Shape(8, 4, 0)):
         with pytest.raises(sap_hf.errors.LayoutError):
             list(candidates(Request(plan.documents, 4, shape=shape, hardware=plan.hardware)))
+
+
+def test_turns_of_heads_are_told_where_there_are_several() -> None:
+    plan = sap_hf.plan(LENGTHS, cp_size=4, ulysses_size=2)
+    one, two = plan.in_turns(1), plan.in_turns(2)
+    assert "turns" not in str(one) and "ulysses 2 x sap, 2 turns on" in str(two)
+    assert [as_dict(each)["turns"] for each in (one, two)] == [1, 2]
+    assert one.digest != two.digest
