@@ -93,6 +93,8 @@ def main() -> None:
         for strategy, layout, size in PLANS
         if size != 2 or world % 2 == 0
     }
+    # What exchanges heads in turns, in one as well.
+    plans |= {f"{name}, one turn": plan.in_turns(1) for name, plan in plans.items() if plan.turns > 1}
     dtype = torch.bfloat16 if cuda else torch.float32
     layers: dict[str, Layer] = {
         name: (plan.rows(rank), functools.partial(sap_hf.attention, plan=plan))
