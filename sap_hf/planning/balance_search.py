@@ -126,7 +126,7 @@ def fill(ranks: Ranks, most: int) -> None:
         while rows_of[source] > room:
             # Ranks of other nodes only when none of this one has room.
             near = p.near[source]
-            some = [rank for rank in roomy if rank in near and rows_of[rank] < room] or roomy
+            some = [rank for rank in roomy if rank in near] or roomy
             emptiest = min([rows_of[rank] for rank in some])
             wanted = min(rows_of[source] - room, room - emptiest)
             # Of the ranks that can take half of it, the one with least work.

@@ -76,6 +76,14 @@ def staged_seconds(plan: Plan) -> float:
     return float(_and_heads(plan, least))
 
 
+def saved_by_turns(plan: Plan) -> float:
+    """What more turns of exchanged heads save at most; 0 where they save nothing."""
+    if plan.ulysses_size == 1:
+        return 0.0
+    layers = sum(plan.windows.values())
+    return float((layers * plan.heads.exposed - plan.least_heads).max())
+
+
 def _in_parts(plan: Plan) -> list[tuple[Schedule, int]]:
     """The schedule in one stage, with keys in parts, of each window, and how many layers have it."""
     return [

@@ -200,9 +200,11 @@ def in_turns(
 def head_seconds(
     shape: Shape, ulysses_size: int, rows: int, hardware: Hardware, recomputed: bool = False, turns: int = 1
 ) -> HeadSeconds:
-    """Args:
-    rows: of each rank.
-    recomputed, turns: as in Plan.
+    """What exchanging the heads of a layer takes.
+
+    Args:
+        rows: of each rank.
+        recomputed, turns: as in Plan.
     """
     node = np.arange(ulysses_size) // hardware.ranks_per_node
     inside = node == node[:, None]

@@ -28,7 +28,7 @@ class Layout:
         rows_per_rank: C.
         segments: (n, 3) int64 columns rank, start, stop: half-open row ranges, sorted by rank, and within a rank
             in the order in which the rank stores them. Together they are [0, W * C).
-        start: of a balanced layout, the member of `balance.MEMBERS` that it was improved from; else empty.
+        start: of a balanced layout, what `balance.start_of` calls its origin; else empty.
     """
 
     name: str
@@ -123,12 +123,6 @@ def cut(documents: Documents, layout: Layout) -> Pieces:
     return Pieces(
         rank[segment], documents.index_of(begin), begin, end, local[segment] + begin - start[segment]
     )
-
-
-def rows_held(documents: Documents, layout: Layout) -> Int64:
-    """(W,) rows that each rank holds without padding."""
-    rank, start, stop = layout.segments.T
-    return sum_by(rank, np.maximum(np.minimum(stop, documents.rows) - start, 0), layout.cp_size)
 
 
 def work_held(

@@ -151,8 +151,10 @@ def _forward_in(turns: list[_Turn]) -> int:
 
 
 def _backward_in(turns: list[_Turn], gradients: int) -> int:
-    """Args:
-    gradients: dq, dk and dv of the rank's own rows, where those that have come home are summed.
+    """Beside dout of the rank's own rows.
+
+    Args:
+        gradients: dq, dk and dv of the rank's own rows, where those that have come home are summed.
     """
     saved, home, before = sum(turn.saved for turn in turns), 0, None
     most = saved + turns[0].home + turns[0].attended

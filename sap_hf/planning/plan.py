@@ -269,13 +269,6 @@ class Plan:
         """Of these, what the busiest rank computes: no stages and no delivery can be faster."""
         return float((self.layer_seconds.forward + self.layer_seconds.backward).max())
 
-    @property
-    def saved_seconds(self) -> float:
-        """What more turns save at most; 0 where they save nothing."""
-        if self.ulysses_size == 1:
-            return 0.0
-        return float((sum(self.windows.values()) * self.heads.exposed - self.least_heads).max())
-
     def in_turns(self, turns: int) -> Plan:
         """The same schedules with heads computed in so many turns."""
         made = dataclasses.replace(self, turns=turns)

@@ -334,7 +334,7 @@ def _variants(made: Plan, gathered: tuple[Int64, Int64] | None) -> Iterator[Plan
 def _turned(plans: list[Plan]) -> Iterator[Plan | Branch]:
     """Plans and, where heads are exchanged, the same with some of these computed after the others."""
     yield from plans
-    if (saved := plans[0].saved_seconds) > 0:
+    if (saved := bounds.saved_by_turns(plans[0])) > 0:
         least = min(plan.seconds for plan in plans) - saved
         yield Branch(least, lambda: [plan.in_turns(turns) for plan in plans for turns in TURNS[1:]])
 

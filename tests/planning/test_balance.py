@@ -20,7 +20,7 @@ from sap_hf.planning.balance_nodes import into_nodes
 from sap_hf.planning.balance_search import Ranks, trade
 from sap_hf.planning.balance_swap import Problem
 from sap_hf.planning.hardware import PRESETS
-from sap_hf.planning.layout import rows_held, work_held
+from sap_hf.planning.layout import work_held
 from sap_hf.planning.render import share
 from sap_hf.simulation.placement import RANKS, placement_table
 from sap_hf.strategies.auto import SURE, Branch, Request, candidates, placements, tree
@@ -128,7 +128,8 @@ def test_the_pairs_that_ranks_hold_are_those_that_they_compute(lengths, cp_size,
     plan = sap_hf.plan(lengths=lengths, cp_size=cp_size, layout=layout, strategy="sap", window=window)
     pairs, rows = work_held(plan.documents, [plan.placement] * 2, plan.windows)
     np.testing.assert_array_equal(pairs, [plan.pairs] * 2)
-    np.testing.assert_array_equal(rows, [rows_held(plan.documents, plan.placement)] * 2)
+    groups = [plan.placement.rows(group) for group in range(plan.placement.cp_size)]
+    np.testing.assert_array_equal(rows, [[(held < plan.documents.rows).sum() for held in groups]] * 2)
 
 
 @pytest.mark.parametrize("hardware", ["h100", "a100", "pcie", "cpu"])
